@@ -1,0 +1,949 @@
+"""What SEA, SELM and PILAF share: packed generation and log-probabilities, losses, the oracle,
+evaluation, and the folder of a run. Nothing here knows which paper is running.
+
+Everything is B prompts with N responses each. A prompt and its responses are computed as one
+*packed row* ``prompt | y_1 | ... | y_N``: a mask lets each response see the prompt and itself only,
+and positions restart after the prompt, so the prompt is computed and kept once however many
+responses hang on it. Shapes: B prompts, N responses a prompt, P prompt tokens, R response tokens,
+V vocabulary. Prompts are padded on the left, responses on the right; masks are 1 on real tokens (a
+response's EOS is one) and are never derived from ids, since the padding may be EOS too.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from tqdm import tqdm
+
+# ------------------------------------------------------------------ flags and the command line
+
+
+class UserError(Exception):
+    """What the user can mend: one sentence, exit code 2."""
+
+
+def require(condition: Any, message: str) -> None:
+    if not condition:
+        raise UserError(message)
+
+
+def flag(default: Any, help: str) -> Any:
+    """A field of `Config`, which `transformers.HfArgumentParser` makes a command-line flag."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """The flags that all scripts share; a script adds its own and may override defaults."""
+
+    model: str = flag("./tiny/sft", "policy at the start: a folder or a hub id")
+    ref_model: str | None = flag(None, "reference of the loss and of kl (default: --model)")
+    dataset: str = flag("./tiny", "prompts: a folder, a json, jsonl, csv or parquet file, a hub id")
+    reward_model: str = flag("./tiny/reward_model", "the oracle: a folder or a hub id")
+    output_dir: str | None = flag(None, "folder of the run (default: runs/SCRIPT-ARM-SEED)")
+    seed: int = flag(0, "of every random stream")
+    num_queries: int = flag(1024, "labels to ask of the oracle in all")
+    batch_size: int = flag(32, "prompts a round (papers: 128)")
+    max_prompt_length: int = flag(128, "tokens; longer prompts are dropped, with a count")
+    max_new_tokens: int = flag(24, "tokens of a response, EOS included")
+    temperature: float = flag(1.0, "of sampling, applied after any combination of logits")
+    beta: float = flag(0.1, "strength of the KL penalty")
+    learning_rate: float = flag(3e-4, "of AdamW, constant after warm-up (papers: 5e-7)")
+    warmup_steps: int = flag(5, "gradient steps of linear warm-up")
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
+    labels: Literal["bernoulli", "argmax"] = flag(
+        "bernoulli", "bernoulli draws a label from sigmoid(r1 - r2), argmax takes the larger reward"
+    )
+    eval_every: int = flag(128, "labels between evaluations")
+    eval_prompts: int = flag(256, "held-out prompts an evaluation")
+    checkpoint_every: int = flag(10, "rounds between checkpoints")
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    micro_batch_size: int | None = flag(None, "prompts a forward pass (default: all at once)")
+    gradient_checkpointing: bool = flag(False, "less memory, more time")
+    chat_template: Literal["auto", "on", "off"] = flag(
+        "auto", "auto uses a model's chat template if it has one, on insists on the policy's"
+    )
+    prompt_column: str = flag("prompt", "of the data set")
+    reference_column: str = flag("reference", "of the data set: a response to compare with")
+    resume: bool = flag(False, "continue the run in --output_dir")
+    overwrite: bool = flag(False, "delete the run in --output_dir first")
+    debug: bool = flag(False, "show tracebacks")
+
+    may_be_zero = ("seed", "learning_rate", "warmup_steps")  # every other number is above 0
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            if get_origin(hint) is Literal:
+                require(value in kinds, f"--{name} must be one of {', '.join(kinds)}, not {value!r}")
+                continue
+            is_right = type(value) in kinds or (type(value) is int and float in kinds)
+            if is_right and type(value) in (int, float):
+                is_right = 0 < value < 2**63 or (value == 0 and name in self.may_be_zero)
+            wanted = kinds[0].__name__ + " above 0" * (kinds[0] in (int, float))
+            require(is_right, f"--{name} must be a finite {wanted}, not {value!r}")
+        require(not (self.resume and self.overwrite), "--resume excludes --overwrite")
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.ref_model = self.ref_model or self.model
+
+
+def main(config_class: type[Config], train: Callable, docstring: str) -> None:
+    """Parse the command line and train; a user's mistake becomes one sentence and exit code 2."""
+    title = docstring.strip().splitlines()[0]
+    parser = transformers.HfArgumentParser(config_class, allow_abbrev=False, description=title)
+    parser.error = lambda message: require(False, f"{message} (see --help)")
+    try:
+        train(config_class(**vars(parser.parse_args())))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (UserError, OSError, torch.OutOfMemoryError) as error:
+        if "--debug" in sys.argv:
+            raise
+        remedy = " (try --micro_batch_size)" if isinstance(error, torch.OutOfMemoryError) else ""
+        print(f"error: {str(error).splitlines()[0]}{remedy}", file=sys.stderr)
+        sys.exit(2)
+
+
+def generator(seed: int, *name: Any) -> torch.Generator:
+    """The CPU random stream of a name such as ("labels", round).
+
+    One a purpose and a round: no use of one can shift another, and a resumed run needs no state.
+    """
+    return torch.Generator().manual_seed(random.Random(repr((seed, *name))).getrandbits(63))
+
+
+# ------------------------------------------------------------------ prompts x responses
+
+
+@dataclass
+class Batch:
+    """B prompts with N responses each (N = 0 before they are sampled). Tensors are on the CPU."""
+
+    columns: dict[str, list]  # of the data set, B rows; "prompt" is what the oracle reads
+    prompt_ids: Tensor  # (B, P)
+    prompt_mask: Tensor  # (B, P)
+    responses: list[list[str]]  # B lists of N texts
+    response_ids: Tensor  # (B, N, R)
+    response_mask: Tensor  # (B, N, R)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def select(self, rows: Tensor, picks: Tensor | None = None) -> "Batch":
+        """The prompts `rows` (b,), each with its responses `picks` (b, n) or all; padding cut."""
+        if picks is None:
+            picks = torch.arange(self.response_ids.shape[1]).expand(len(rows), -1)
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        prompt_mask, mask = self.prompt_mask[rows], self.response_mask[rows[:, None], picks]
+        start = self.prompt_ids.shape[1] - int(prompt_mask.sum(1).max())
+        length = int(mask.sum(-1).max()) if mask.numel() else 0
+        return Batch(
+            columns,
+            self.prompt_ids[rows, start:],
+            prompt_mask[:, start:],
+            [[self.responses[row][n] for n in pick] for row, pick in zip(rows, picks, strict=True)],
+            self.response_ids[rows[:, None], picks, :length],
+            mask[..., :length],
+        )
+
+    def split(self, size: int | None) -> Iterator[tuple[Tensor, "Batch"]]:
+        """Row numbers and rows of micro-batches of at most `size` prompts (None: all)."""
+        for rows in torch.arange(len(self)).split(size or len(self)):
+            yield rows, self.select(rows)
+
+
+def distinct(responses: list[list[str]]) -> Tensor:
+    """True (B, N) where no earlier response to the prompt reads the same."""
+    texts = [[text.strip() for text in row] for row in responses]
+    return torch.tensor([[row.index(text) == n for n, text in enumerate(row)] for row in texts])
+
+
+# ------------------------------------------------------------------ the packed row
+
+
+def packed_layout(
+    prompt_mask: Tensor, owner: Tensor, step: Tensor, dtype: torch.dtype, num_queries: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Attention mask and positions of a packed row: prompt, then L response tokens in any order.
+
+    A token sees itself, the prompt's real tokens up to itself, and its own response up to itself.
+
+    Args: prompt_mask (B, P); owner (L,), the response of each token after the prompt; step (L,),
+        its place in that response from 0; num_queries, to get only the mask's last rows Q (else S).
+    Returns: mask (B, 1, Q, S) to add to attention scores, 0 or hugely negative, S = P + L; and
+        positions (B, S), which count real tokens and restart after the prompt.
+    """
+    num_prompt_tokens = prompt_mask.shape[1]
+    owner = F.pad(owner, (num_prompt_tokens, 0), value=-1)  # (S,), -1 is the prompt
+    place = torch.cat([torch.arange(num_prompt_tokens, device=step.device), num_prompt_tokens + step])
+    is_real = F.pad(prompt_mask.bool(), (0, len(step)), value=True)  # (B, S)
+    queries = slice(-num_queries or None, None)
+    is_mine = (owner == -1) | (owner == owner[queries, None])  # (Q, S)
+    is_past = place <= place[queries, None]  # (Q, S)
+    itself = torch.eye(len(owner), dtype=torch.bool, device=owner.device)[queries]  # for padding
+    is_visible = (is_mine & is_past & is_real[:, None]) | itself  # (B, Q, S)
+    mask = torch.zeros(is_visible.shape, dtype=dtype, device=owner.device)
+    mask.masked_fill_(~is_visible, torch.finfo(torch.bfloat16).min)  # finite in every precision
+    prompt_positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+    response_positions = prompt_mask.sum(1, keepdim=True) + step  # (B, L)
+    return mask[:, None], torch.cat([prompt_positions, response_positions], dim=1)
+
+
+def packed_inputs(
+    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor
+) -> dict[str, Any]:
+    """Arguments of one forward pass over ``prompt | y_1 | ... | y_N``: (B, P) and (B, N, R)."""
+    _, num_responses, length = response_ids.shape
+    owner = torch.arange(num_responses, device=model.device).repeat_interleave(length)
+    step = torch.arange(length, device=model.device).repeat(num_responses)
+    mask, positions = packed_layout(prompt_mask.to(model.device), owner, step, model.dtype)
+    ids = torch.cat([prompt_ids, response_ids.flatten(1)], dim=1).to(model.device)  # (B, P + N R)
+    return dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 products on a GPU over weights kept in float32: at a learning rate of 5e-7 a
+    bfloat16 weight would never move, since its spacing is far wider than the update."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+
+def token_logps(model: nn.Module, batch: Batch) -> Tensor:
+    """log pi(y_t | x, y_<t), float32 (B, N, R), 0 at padding; ValueError if a response is empty.
+
+    The prompt's last token predicts y_1, y_{t-1} predicts y_t, a response's last token nothing.
+    """
+    ids, mask = batch.response_ids.to(model.device), batch.response_mask.to(model.device)
+    if not mask.any(-1).all():
+        raise ValueError("a response without a token: even an empty text has its EOS")
+    inputs = packed_inputs(model, batch.prompt_ids, batch.prompt_mask, batch.response_ids[..., :-1])
+    num_predictions = 1 + ids[0, :, 1:].numel()  # the LM head skips the rest of the prompt
+    with autocast(model.device):
+        logits = model(**inputs, logits_to_keep=num_predictions).logits.float()  # (B, 1+N(R-1), V)
+    normaliser = logits.logsumexp(-1)  # (B, 1 + N (R - 1))
+    first = logits[:, 0].gather(1, ids[..., 0]) - normaliser[:, :1]  # (B, N)
+    later = logits[:, 1:].gather(2, ids[..., 1:].flatten(1)[..., None])[..., 0] - normaliser[:, 1:]
+    return torch.cat([first[..., None], later.view_as(ids[..., 1:])], dim=-1) * mask  # (B, N, R)
+
+
+def response_logps(model: nn.Module, batch: Batch) -> Tensor:
+    """log pi(y | x), (B, N): the sum over the response's tokens, EOS too, never the prompt's."""
+    return token_logps(model, batch).sum(-1)  # (B, N, R) -> (B, N)
+
+
+@torch.no_grad()
+def frozen_logps(model: nn.Module, batch: Batch, config: Config) -> Tensor:
+    """`response_logps` (B, N) without a gradient, in micro-batches, on the CPU."""
+    parts = batch.split(config.micro_batch_size)
+    return torch.cat([response_logps(model, part).cpu() for _, part in parts])
+
+
+class PackedDecoder:
+    """Next-token logits of N responses a prompt, on one key/value cache a prompt.
+
+    The prompt fills the cache once; each step then feeds the N newest tokens of a prompt as one row
+    of N queries, and no cache is expanded. Slower than an expanded cache only where N x R is much
+    longer than the prompt (measured: 0.8 times at P = 50, N = 20, R = 128; 4.3 at R = 14).
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, num_responses: int) -> None:
+        self.model, self.cache, self.num_steps = model, transformers.DynamicCache(), 0
+        self.prompt_ids = batch.prompt_ids.to(model.device)
+        self.prompt_mask = batch.prompt_mask.to(model.device)
+        self.responses = torch.arange(num_responses, device=model.device)
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor | None) -> Tensor:
+        """The newest tokens (B, N), or None at the start -> logits (B, N, V) in float32."""
+        ids = self.prompt_ids if tokens is None else tokens
+        steps = torch.arange(self.num_steps, device=ids.device)
+        owner, step = self.responses.repeat(len(steps)), steps.repeat_interleave(len(self.responses))
+        layout = (self.prompt_mask, owner, step, self.model.dtype, ids.shape[1])
+        mask, positions = packed_layout(*layout)
+        self.num_steps += 1
+        with autocast(ids.device):
+            logits = self.model(
+                ids,
+                attention_mask=mask,
+                position_ids=positions[:, -ids.shape[1] :],
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1 if tokens is None else ids.shape[1],
+            ).logits
+        return logits.float().expand(-1, len(self.responses), -1)
+
+
+def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
+    """Invert each cumulative distribution at `uniforms` in [0, 1): (B, N, V), (B, N) -> (B, N).
+
+    Temperature 0 is greedy.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (B, N, V)
+    total = cumulative[..., -1]  # 1 up to rounding
+    target = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, target[..., None], right=True)[..., 0]
+
+
+@torch.no_grad()
+def generate(
+    next_logits: Callable[[Tensor | None], Tensor],
+    uniforms: Tensor,
+    eos_token_id: int,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (B, N, R), of responses drawn from what `next_logits` says.
+
+    `next_logits` takes the newest tokens (B, N), or None at the start, and returns (B, N, V), as a
+    `PackedDecoder` does. `uniforms` (B, N, R), drawn up front, hold one number for each token that
+    may come: neither early stops nor micro-batches, padding or device can shift the stream. A
+    response ends with EOS if it was drawn; one cut off at R tokens gets none.
+    """
+    ids = torch.full(uniforms.shape, eos_token_id, device=uniforms.device)
+    mask = torch.zeros_like(ids)
+    is_open, tokens = torch.ones_like(ids[..., 0], dtype=torch.bool), None  # (B, N)
+    for t in range(uniforms.shape[-1]):
+        tokens = sample_tokens(next_logits(tokens), uniforms[..., t], temperature)
+        tokens = torch.where(is_open, tokens, eos_token_id)
+        ids[..., t], mask[..., t] = tokens, is_open
+        is_open = is_open & (tokens != eos_token_id)
+        if not is_open.any():
+            break
+    return ids, mask
+
+
+# ------------------------------------------------------------------ losses and the update
+
+
+def margin(logps: Tensor, ref_logps: Tensor) -> Tensor:
+    """Log-ratio gap, chosen (column 0) minus rejected (column 1), without beta: (B, 2) -> (B,)."""
+    log_ratios = logps - ref_logps
+    return log_ratios[:, 0] - log_ratios[:, 1]
+
+
+def dpo(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """DPO loss, Eq. 7 of arXiv:2305.18290v3: -log sigmoid(beta * margin), (B, 2) -> (B,).
+
+    `logps` are sums over tokens, chosen first. At policy = reference the loss is log 2 = 0.6931
+    for any pair: the start, not a bug, and its gradient is not zero.
+    """
+    return -F.logsigmoid(beta * margin(logps, ref_logps))  # Eq. 7
+
+
+def ipo(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """IPO loss, Eq. 17 of arXiv:2310.12036v2: (margin - 1 / (2 beta))^2, (B, 2) -> (B,).
+
+    SEA feeds it means over tokens (of both models), so that it is a gap a token.
+    """
+    return (margin(logps, ref_logps) - 1 / (2 * beta)).square()  # Eq. 17
+
+
+def slic(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
+    """SLiC as SEA has it, max(0, 1 - beta * margin), (B, 2) -> (B,): with the reference, and
+    without the cross-entropy term of the original (arXiv:2305.10425). `logps` are sums."""
+    return F.relu(1 - beta * margin(logps, ref_logps))
+
+
+def update(
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    pairs: Batch,
+    ref_logps: Tensor,
+    pair_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    config: Config,
+) -> dict[str, float]:
+    """One step on the mean over pairs of `pair_loss(logps, ref_logps, mask)`; what it saw.
+
+    Micro-batches sum to the same gradient. UserError, before a weight moves, if a loss is not
+    finite. Train mode because gradient checkpointing is silently off in eval mode.
+    """
+    policy.train()
+    seen = []
+    for rows, part in pairs.split(config.micro_batch_size):
+        logps, ref = response_logps(policy, part), ref_logps[rows].to(policy.device)  # (b, 2)
+        losses = pair_loss(logps, ref, part.response_mask.to(policy.device))  # (b,)
+        if not losses.isfinite().all():
+            prompt = part.columns["prompt"][int((~losses.isfinite()).nonzero()[0])]
+            raise UserError(f"the loss is not finite on the pair of the prompt ...{prompt[-60:]!r}")
+        (losses.sum() / len(pairs)).backward()
+        rewards = config.beta * (logps - ref)  # implicit rewards of chosen and rejected
+        seen.append(torch.cat([losses[:, None], rewards[:, :2]], dim=1).detach().cpu())
+    policy.eval()
+    for group in optimizer.param_groups:
+        done = optimizer.state[group["params"][0]].get("step", torch.zeros(())).item()
+        group["lr"] = config.learning_rate * min(1.0, (done + 1) / (config.warmup_steps + 1))
+    norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    means = torch.cat(seen).mean(0).tolist() + [norm.item()]
+    return dict(zip(("loss", "chosen_reward", "rejected_reward", "grad_norm"), means))
+
+
+# ------------------------------------------------------------------ models and prompts
+
+
+def is_path(name: str, flag_name: str) -> bool:
+    """True for a path (starts with . / ~, or exists), which must exist; False for a hub id."""
+    exists = os.path.exists(os.path.expanduser(name))
+    looks_local = name.startswith((".", "/", "~"))
+    require(exists or not looks_local, f"--{flag_name} {name}: nothing there, from {os.getcwd()}")
+    return exists
+
+
+def load_pretrained(auto_class: Any, name: str, flag_name: str, **options: Any) -> Any:
+    """`from_pretrained` without dropout, remote code or missing weights; a path never asks the hub.
+
+    (A causal model loaded as a reward model gets a random head, and only a warning says so.)
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    options |= dict(local_files_only=is_path(name, flag_name), trust_remote_code=False)
+    name = os.path.expanduser(name)
+    try:
+        if auto_class is transformers.AutoTokenizer:
+            return auto_class.from_pretrained(name, **options)
+        settings = transformers.AutoConfig.from_pretrained(name, **options)
+        for key in [key for key in vars(settings) if "drop" in key]:
+            setattr(settings, key, 0.0)
+        options |= dict(config=settings, output_loading_info=True)
+        model, info = auto_class.from_pretrained(name, **options)
+    except Exception as error:  # of a dozen kinds, from a cut-off file to a page that is not there
+        raise UserError(f"--{flag_name} {name} cannot be loaded: {error}") from error
+    missing = ", ".join(sorted(info["missing_keys"])[:3])
+    require(not missing, f"--{flag_name} {name} lacks weights that its use here needs: {missing}")
+    return model.eval()
+
+
+def packing_error(model: nn.Module, num_prompt_tokens: int, num_response_tokens: int) -> float:
+    """Largest difference of packed and plain outputs, in standard deviations of the outputs.
+
+    One padded prompt, two responses, at full length: positions that do not restart, ALiBi, sliding
+    windows and ignored masks all show.
+    """
+    size, rng = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
+    prompt = torch.randint(size, (1, num_prompt_tokens), generator=rng)
+    responses = torch.randint(size, (1, 2, num_response_tokens), generator=rng)
+    plain_ids = torch.cat([prompt.expand(2, -1), responses[0]], dim=1).to(model.device)
+    padded, mask = F.pad(prompt, (1, 0)), F.pad(torch.ones_like(prompt), (1, 0))
+    with torch.no_grad():
+        plain = model(plain_ids)[0][:, num_prompt_tokens:].flatten(0, 1)  # (2 R, V or D)
+        try:
+            packed = model(**packed_inputs(model, padded, mask, responses))[0][0, padded.shape[1] :]
+        except (TypeError, ValueError, RuntimeError, IndexError):
+            return math.inf  # it does not even take the arguments
+    return ((packed - plain).abs().max() / plain.std()).item()
+
+
+def load_policies(config: Config) -> tuple[Any, Any, Any]:
+    """Policy, frozen reference and tokenizer. Both models are float32 and run alike: a reference of
+    another precision would give log-ratios that do not start at 0."""
+    tokenizer = load_pretrained(transformers.AutoTokenizer, config.model, "model")
+    require(tokenizer.eos_token_id is not None, f"--model {config.model} has no EOS token")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    has_template = bool(tokenizer.chat_template)
+    require(has_template or config.chat_template != "on", f"--model {config.model} has no template")
+    lengths, models = (config.max_prompt_length, config.max_new_tokens), []
+    for flag_name in ("model", "ref_model"):
+        name = getattr(config, flag_name)
+        causal_lm = transformers.AutoModelForCausalLM
+        model = load_pretrained(causal_lm, name, flag_name, dtype=torch.float32)
+        context = getattr(model.config, "max_position_embeddings", math.inf)
+        require(
+            sum(lengths) <= context,
+            f"--{flag_name} {name} reads {context} tokens, fewer than --max_prompt_length + "
+            f"--max_new_tokens = {sum(lengths)}",
+        )
+        error = packing_error(model, *lengths)
+        require(error < 1e-3, f"--{flag_name} {name} misreads packed rows, by {error:.2g} sd")
+        models.append(model.to(config.device))
+    policy, ref_model = models
+    ref_tokenizer = load_pretrained(transformers.AutoTokenizer, config.ref_model, "ref_model")
+    same = ref_tokenizer.get_vocab() == tokenizer.get_vocab()
+    same &= ref_model.config.vocab_size == policy.config.vocab_size
+    require(same, f"--ref_model {config.ref_model} has another vocabulary than --model")
+    if config.gradient_checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    return policy, ref_model.requires_grad_(False), tokenizer
+
+
+def load_prompts(config: Config, tokenizer: Any) -> tuple[dict[str, list], dict[str, list]]:
+    """Columns of the training and the held-out rows (test, else validation, else the last rows)."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    name, options = config.dataset, {}
+    if is_path(name, "dataset"):
+        name = os.path.expanduser(name)
+        if os.path.isfile(name):
+            kind = Path(name).suffix[1:].replace("jsonl", "json")
+            name, options = kind, {"data_files": name}
+    try:
+        splits = dict(datasets.load_dataset(name, **options))
+        train = splits.pop("train" if "train" in splits else next(iter(splits)))
+        held_out = splits.get("test") or splits.get("validation")
+        if not held_out:
+            cut = len(train) - min(config.eval_prompts, len(train) // 2)
+            held_out, train = train.select(range(cut, len(train))), train.select(range(cut))
+        train, held_out = train[:], held_out[: config.eval_prompts]
+    except Exception as error:  # of a dozen kinds, as above
+        raise UserError(f"--dataset {config.dataset} cannot be read: {error}") from error
+    return prepare(train, config, tokenizer), prepare(held_out, config, tokenizer)
+
+
+def prepare(columns: dict[str, list], config: Config, tokenizer: Any) -> dict[str, list]:
+    """Check, template and tokenise prompts; over-long ones are dropped, whole rows, with a count.
+
+    Adds the columns "prompt" and "reference" under these names, and "prompt_ids".
+    """
+    where, wanted = f"--dataset {config.dataset}", config.prompt_column
+    require(wanted in columns, f"{where} has no --prompt_column {wanted}, but {', '.join(columns)}")
+    prompts = columns[wanted]
+    empty = [row for row, text in enumerate(prompts) if not (isinstance(text, str) and text.strip())]
+    require(not empty, f"{where}: the prompt of row {empty[:1]} is empty")
+    is_chat, texts = config.chat_template != "off" and tokenizer.chat_template, prompts
+    if is_chat:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"] if texts else []
+    kept = [row for row, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_length]
+    require(kept, f"{where} has no prompt within --max_prompt_length {config.max_prompt_length}")
+    if len(kept) < len(ids):
+        print(f"dropped {len(ids) - len(kept)} of {len(ids)} prompts that are too long")
+    columns = columns | {"prompt": prompts, "prompt_ids": ids}
+    if config.reference_column in columns:
+        columns["reference"] = columns[config.reference_column]
+    return {name: [values[row] for row in kept] for name, values in columns.items()}
+
+
+# ------------------------------------------------------------------ the oracle
+
+
+def plain_text(prompt: str, response: str) -> str:
+    """What a plain reward model reads: the prompt, a space, the stripped response."""
+    return f"{prompt} {response.strip()}".rstrip() if response.strip() else prompt
+
+
+class Oracle:
+    """The annotator, a reward model of one label. Its labels are counted in `queries`.
+
+    Anything else can stand in (a rule, a judge, a student): override `score` or `prefer`.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.queries, name = config, 0, config.reward_model
+        self.tokenizer = load_pretrained(transformers.AutoTokenizer, name, "reward_model")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        classifier = transformers.AutoModelForSequenceClassification
+        dtype = torch.bfloat16 if config.device.startswith("cuda") else torch.float32
+        model = load_pretrained(classifier, name, "reward_model", dtype=dtype)
+        require(model.config.num_labels == 1, f"--reward_model {name} has more than one label")
+        model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model = model.to(config.device)
+
+    @torch.no_grad()
+    def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
+        """Rewards (B, N) of N responses to each prompt, as text; for metrics, not counted.
+
+        By the reward model's chat template if it has one, else the prompt, a space, the response.
+        """
+        pairs = [(p, y) for p, row in zip(prompts, responses, strict=True) for y in row]
+        is_chat = self.config.chat_template != "off" and self.tokenizer.chat_template
+        texts = [plain_text(*pair) for pair in pairs]
+        if is_chat:
+            roles = ("user", "assistant")
+            chats = [[{"role": r, "content": text} for r, text in zip(roles, p)] for p in pairs]
+            texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
+        rewards = torch.empty(len(texts))
+        context = getattr(self.model.config, "max_position_embeddings", math.inf)
+        for rows in torch.tensor([len(text) for text in texts]).argsort(stable=True).split(64):
+            batch = self.tokenizer(
+                [texts[row] for row in rows], padding=True, padding_side="right",
+                add_special_tokens=not is_chat, return_tensors="pt",
+            ).to(self.model.device)  # fmt: skip
+            length = batch["input_ids"].shape[1]
+            require(length <= context, f"the oracle reads {context} tokens, not a text of {length}")
+            logits = self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            rewards[rows] = logits[:, 0].float().cpu()
+        require(rewards.isfinite().all(), "the oracle gave a reward that is not finite")
+        return rewards.view(len(prompts), -1)
+
+    def prefer(self, prompts: list[str], rewards: Tensor, first: list[str], second: list[str]) -> Tensor:
+        """Bradley-Terry: P(first) = sigmoid(r1 - r2); --labels argmax: the larger, ties by a coin."""
+        gap = rewards[:, 0] - rewards[:, 1]
+        probability = gap.sigmoid() if self.config.labels == "bernoulli" else (gap.sign() + 1) / 2
+        rng = generator(self.config.seed, "labels", self.queries)
+        return torch.rand(len(gap), generator=rng) < probability
+
+    def label(self, prompts: list[str], first: list[str], second: list[str]) -> tuple[Tensor, Tensor]:
+        """True where the first is preferred, (B,), and the rewards of both, (B, 2), for metrics."""
+        rewards = self.score(prompts, [list(pair) for pair in zip(first, second, strict=True)])
+        is_first = torch.as_tensor(self.prefer(prompts, rewards, first, second)).bool()
+        self.queries += len(prompts)
+        return is_first, rewards
+
+
+# ------------------------------------------------------------------ metrics
+
+
+def gold_score(response: str, facts: list[str], wrong_facts: list[str]) -> float:
+    """Facts that the response states, minus wrong ones, minus 0.1 a word: the quality behind the
+    labels that the oracle was trained on. Case and punctuation do not count."""
+
+    def plain(text: str) -> str:
+        return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
+
+    text = plain(response)
+    num_right, num_wrong = (sum(plain(f) in text for f in kind) for kind in (facts, wrong_facts))
+    return num_right - num_wrong - 0.1 * len(text.split())
+
+
+def win_metrics(rewards: Tensor, baseline: Tensor) -> dict[str, float]:
+    """Share of rewards above their baseline (ties one half), its standard error, and the mean of
+    sigmoid(reward - baseline), Eq. 1 of SEA; both (n,)."""
+    wins = (rewards > baseline).double() + (rewards == baseline).double() / 2
+    return {
+        "win_rate": wins.mean().item(),
+        "win_rate_stderr": wins.std(correction=0).item() / math.sqrt(len(wins)),
+        "win_probability": (rewards - baseline).double().sigmoid().mean().item(),
+    }
+
+
+# ------------------------------------------------------------------ a run and its folder
+
+
+class Run:
+    """A training run: models, prompts, oracle, counts, and the output folder.
+
+    A round's randomness depends on the seed and the round's number alone, so a checkpoint holds
+    what `parts` return as state_dict, the counts, and the length of each JSONL file, no more.
+    """
+
+    JSONL = ("metrics.jsonl", "preferences.jsonl", "samples.jsonl", "timing.jsonl")
+    MAY_CHANGE = {"num_queries", "eval_every", "device", "micro_batch_size", "debug", "output_dir"}
+    COUNTS = ("candidates", "decoder_streams", "gradient_steps", "synthetic_pairs")
+    TABLE = ("win_rate", "win_rate_stderr", "win_probability", "reward", "kl", "objective", "gold",
+             "length", "online_win_rate")  # fmt: skip
+
+    def __init__(self, config: Config, oracle: Oracle | None = None) -> None:
+        self.config, self.folder = config, Path(os.path.expanduser(config.output_dir))
+        self.open_folder()
+        self.policy, self.ref_model, self.tokenizer = load_policies(config)
+        self.prompts, self.held_out = load_prompts(config, self.tokenizer)
+        self.oracle = oracle or Oracle(config)
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
+            fused=config.device.startswith("cuda"),
+        )  # fmt: skip
+        self.parts = {"policy": self.policy, "optimizer": self.optimizer}  # a script adds its own
+        self.counts, self.means, self.is_stopping = Counter(), {}, False
+        self.seconds, self.clock = Counter(), time.perf_counter()
+        self.eval_batch = self.batch(self.held_out, list(range(len(self.held_out["prompt"]))))
+        self.baseline = self.held_out.get("reference")
+        self.compared_with = "reference" if self.baseline else "initial policy"
+        if not self.baseline:
+            own = self.eval_responses(self.policy, 1, "baseline").responses
+            self.baseline = [text for text, in own]
+        rows = [[text] for text in self.baseline]
+        self.baseline_rewards = self.oracle.score(self.held_out["prompt"], rows)[:, 0]
+
+    def open_folder(self) -> None:
+        """Refuse a folder that is used, or resumed with other flags; write config.json."""
+        config, folder, flags = self.config, self.folder, dataclasses.asdict(self.config)
+        names = ("config.json", *self.JSONL, "checkpoint.pt", "model")
+        used = [folder / name for name in names if (folder / name).exists()]
+        if config.resume:
+            require(folder / "config.json" in used, f"--resume: {folder} holds no run")
+            saved = json.loads((folder / "config.json").read_text())["flags"]
+            free = self.MAY_CHANGE | {"resume", "overwrite"}
+            changed = [f"--{name}" for name in flags if saved.get(name) != flags[name] and name not in free]
+            require(not changed, f"--resume: {', '.join(changed)} differ from the run in {folder}")
+        require(
+            config.resume or config.overwrite or not used,
+            f"{folder} holds a run: --resume it, --overwrite it, or name another --output_dir",
+        )
+        for path in used if config.overwrite else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+        packages = ("torch", "transformers", "datasets", "tqdm")
+        versions = {name: importlib.metadata.version(name) for name in packages}
+        about = {"flags": flags, "versions": versions, "git_commit": commit, "device": config.device}
+        (folder / "config.json").write_text(json.dumps(about, indent=1))
+
+    def restore(self) -> None:
+        """Continue from the checkpoint if there is one; cut the JSONL files back to it."""
+        path, state = self.folder / "checkpoint.pt", {"counts": {}, "means": {}, "sizes": {}}
+        if path.exists():
+            try:
+                state = torch.load(path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise UserError(f"{path} is damaged: start again with --overwrite") from error
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+        self.counts.update(state["counts"])
+        self.means.update(state["means"])
+        self.oracle.queries = self.counts["queries"]
+        for name in self.JSONL:
+            with open(self.folder / name, "ab") as file:
+                file.truncate(state["sizes"].get(name, 0))
+
+    def save(self) -> None:
+        """Write checkpoint.pt under a temporary name, then rename it: never half a file."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["sizes"] = {name: (self.folder / name).stat().st_size for name in self.JSONL}
+        state |= {"counts": dict(self.counts), "means": self.means}
+        torch.save(state, self.folder / "checkpoint.tmp")
+        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+
+    def write(self, name: str, rows: list[dict]) -> None:
+        with open(self.folder / name, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+    def lap(self, phase: str) -> None:
+        """Book the time since the last lap under `phase`, for timing.jsonl."""
+        if self.config.device.startswith("cuda"):
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[phase] += now - self.clock
+        self.clock = now
+
+    def batch(self, columns: dict[str, list], rows: list[int]) -> Batch:
+        """Prompts of a data set as a `Batch` without responses."""
+        columns = {name: [values[row] for row in rows] for name, values in columns.items()}
+        ids = {"input_ids": columns.pop("prompt_ids")}
+        padded = self.tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+        nothing = torch.zeros(len(rows), 0, 0, dtype=torch.long)
+        texts = [[] for _ in rows]
+        return Batch(columns, padded["input_ids"], padded["attention_mask"], texts, nothing, nothing)
+
+    def next_prompts(self, count: int) -> Batch:
+        """The next prompts of the training set, which is reshuffled each epoch."""
+        size, start = len(self.prompts["prompt"]), self.counts["prompts"]
+        epochs = range(start // size, (start + count - 1) // size + 1)
+        shuffles = [torch.randperm(size, generator=generator(self.config.seed, "epoch", e)) for e in epochs]
+        self.counts["prompts"] += count
+        return self.batch(self.prompts, torch.cat(shuffles)[start % size :][:count].tolist())
+
+    def respond(
+        self, prompts: Batch, uniforms: Tensor, decoder: Callable, temperature: float = 1.0
+    ) -> Batch:
+        """The prompts with N sampled responses each; `uniforms` (B, N, R) as in `generate`.
+
+        `decoder(part, rows)` returns the `next_logits` of a micro-batch.
+        """
+        sampled, eos = [], self.tokenizer.eos_token_id
+        for rows, part in prompts.split(self.config.micro_batch_size):
+            numbers = uniforms[rows].to(self.config.device)
+            sampled.append(generate(decoder(part, rows), numbers, eos, temperature))
+        ids, mask = (torch.cat(parts).cpu() for parts in zip(*sampled, strict=True))  # (B, N, R)
+        flat = zip(ids.flatten(0, 1), mask.sum(-1).flatten(), strict=True)
+        tokens = [response[:length] for response, length in flat]
+        texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        num = ids.shape[1]
+        texts = [texts[start : start + num] for start in range(0, len(texts), num)]
+        full = dataclasses.replace(prompts, responses=texts, response_ids=ids, response_mask=mask)
+        return full.select(torch.arange(len(full)))
+
+    def sample(self, model: nn.Module, prompts: Batch, num: int, rng: torch.Generator) -> Batch:
+        """`num` responses of `model` to each prompt, counted."""
+        uniforms = torch.rand(len(prompts), num, self.config.max_new_tokens, generator=rng)
+        decoder = lambda part, _: PackedDecoder(model, part, num)  # noqa: E731
+        batch = self.respond(prompts, uniforms, decoder, self.config.temperature)
+        self.counts["candidates"] += len(prompts) * num
+        self.counts["decoder_streams"] += len(prompts) * num
+        self.lap("generate")
+        return batch
+
+    def ask(
+        self, batch: Batch, first: Tensor, second: Tensor, is_asked: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Duels (B,), (B,) to the oracle where `is_asked`, elsewhere the first is taken to win.
+
+        Duels of equal texts are not sent, nor any beyond the budget. Returns the numbers of the
+        labelled rows, and the chosen and the rejected candidate of every row; those of rows not to
+        be trained on are equal. Logs online_win_rate and online_win_probability: of both labelled
+        responses against the data set's own, where it has one.
+        """
+        texts = [[row[n].strip() for row, n in zip(batch.responses, duel)] for duel in (first, second)]
+        differs = torch.tensor([a != b for a, b in zip(*texts)])
+        is_asked = is_asked & differs
+        budget = self.config.num_queries - self.oracle.queries
+        is_cut = is_asked & (is_asked.cumsum(0) > budget)
+        asked = (is_asked & ~is_cut).nonzero()[:, 0]
+        chosen, rejected = first.clone(), torch.where(is_cut | ~differs, first, second)
+        if len(asked):
+            prompts, a, b = ([texts[row] for row in asked] for texts in (batch.columns["prompt"], *texts))
+            is_first, rewards = self.oracle.label(prompts, a, b)  # (n,), (n, 2)
+            chosen[asked] = torch.where(is_first, first[asked], second[asked])
+            rejected[asked] = torch.where(is_first, second[asked], first[asked])
+            if "reference" in batch.columns:
+                references = [[batch.columns["reference"][row]] for row in asked]
+                baseline = self.oracle.score(prompts, references)[:, 0].repeat_interleave(2)
+                online = win_metrics(rewards.flatten(), baseline)
+                online.pop("win_rate_stderr")
+                self.record(len(asked), {f"online_{name}": value for name, value in online.items()})
+        self.lap("label")
+        return asked, chosen, rejected
+
+    def learn(
+        self, batch: Batch, chosen: Tensor, rejected: Tensor, is_model: Tensor, pair_loss: Callable
+    ) -> None:
+        """Write the round's pairs to preferences.jsonl and take one step of the policy on them."""
+        kept = (chosen != rejected).nonzero()[:, 0]
+        if not len(kept):
+            return
+        pairs = batch.select(kept, torch.stack([chosen, rejected], 1)[kept])  # (b, 2)
+        sources = ["model" if model else "oracle" for model in is_model[kept]]
+        self.counts["synthetic_pairs"] += sources.count("model")
+        self.write("preferences.jsonl", [
+            {"round": self.counts["rounds"], "prompt": prompt, "chosen": a, "rejected": b, "source": s}
+            for prompt, (a, b), s in zip(pairs.columns["prompt"], pairs.responses, sources)
+        ])
+        if self.config.learning_rate:
+            ref_logps = frozen_logps(self.ref_model, pairs, self.config)  # once a pair, ever
+            seen = update(self.policy, self.optimizer, pairs, ref_logps, pair_loss, self.config)
+            self.record(len(pairs), seen)
+            self.counts["gradient_steps"] += 1
+            self.lap("update")
+
+    def eval_responses(self, model: nn.Module, num_responses: int, name: str) -> Batch:
+        """Responses to the held-out prompts at temperature 1, from the same numbers every time."""
+        rng = generator(self.config.seed, name)
+        shape = (len(self.eval_batch), num_responses, self.config.max_new_tokens)
+        was_training = model.training
+        model.eval()
+        uniforms = torch.rand(shape, generator=rng)
+        batch = self.respond(
+            self.eval_batch, uniforms, lambda part, _: PackedDecoder(model, part, num_responses)
+        )
+        model.train(was_training)
+        return batch
+
+    def evaluate(self) -> tuple[dict[str, Any], list[dict]]:
+        """The metrics of the policy on the held-out prompts, one sample each, and the samples."""
+        batch, columns = self.eval_responses(self.policy, 1, "evaluation"), self.held_out
+        rewards = self.oracle.score(columns["prompt"], batch.responses)[:, 0]  # (B,)
+        logps, ref_logps = (
+            frozen_logps(model, batch, self.config)[:, 0] for model in (self.policy, self.ref_model)
+        )
+        kl = (logps - ref_logps).double().mean().item()  # nats a response, to --ref_model
+        reward = rewards.double().mean().item()
+        metrics = win_metrics(rewards, self.baseline_rewards) | {
+            "reward": reward,
+            "kl": kl,
+            "objective": reward - self.config.beta * kl,
+            "length": batch.response_mask.sum(-1).double().mean().item(),  # tokens
+            "compared_with": self.compared_with,
+        }
+        samples = [
+            {"prompt": prompt, "baseline": baseline, "response": response, "reward": value}
+            for prompt, baseline, (response,), value in zip(
+                columns["prompt"], self.baseline, batch.responses, rewards.tolist(), strict=True
+            )
+        ]
+        if "facts" in columns and "wrong_facts" in columns:
+            for row, facts, wrong in zip(samples, columns["facts"], columns["wrong_facts"], strict=True):
+                row["gold"] = gold_score(row["response"], facts, wrong)
+            metrics["gold"] = sum(row["gold"] for row in samples) / len(samples)
+        return metrics, samples
+
+    def record(self, weight: int, values: dict[str, float]) -> None:
+        """Add a round's values to the means, weighted, that the next row of metrics shows."""
+        for name, value in values.items() if weight else ():
+            total, weights = self.means.get(name, (0.0, 0))
+            self.means[name] = (total + weight * value, weights + weight)
+
+    def rounds(self, more_metrics: Callable[[], dict[str, Any]] = dict) -> Iterator[int]:
+        """Yield the rounds until the budget of labels is spent; between them evaluate when
+        --eval_every labels have been trained on, log, save; at the end write the model."""
+        config, counts, oracle = self.config, self.counts, self.oracle
+        self.restore()
+        bar = tqdm(total=config.num_queries, initial=oracle.queries, unit="label", mininterval=1)
+        is_main = threading.current_thread() is threading.main_thread()
+        previous = signal.signal(signal.SIGINT, self.interrupt) if is_main else None
+        try:
+            if not counts["rows"]:
+                self.log(more_metrics())
+            while oracle.queries < config.num_queries:
+                before = oracle.queries
+                yield counts["rounds"]
+                counts["rounds"] += 1
+                counts["queries"] = oracle.queries
+                counts["idle_rounds"] = 0 if oracle.queries > before else counts["idle_rounds"] + 1
+                bar.update(oracle.queries - bar.n)
+                is_last = oracle.queries >= config.num_queries
+                if is_last or oracle.queries // config.eval_every > before // config.eval_every:
+                    self.log(more_metrics())
+                is_idle = counts["idle_rounds"] == 20
+                is_due = counts["rounds"] % config.checkpoint_every == 0
+                if is_due or is_last or is_idle or self.is_stopping:
+                    self.save()
+                require(not is_idle, "stopped and saved: 20 rounds in a row brought no label")
+                if self.is_stopping:
+                    bar.write("stopped and saved: add --resume to the same command to continue")
+                    raise KeyboardInterrupt
+        finally:
+            bar.close()
+            if is_main:
+                signal.signal(signal.SIGINT, previous)
+        self.finish()
+
+    def interrupt(self, *_: Any) -> None:
+        """Ctrl-C ends the run after the round; a second one ends it at once."""
+        if self.is_stopping:
+            raise KeyboardInterrupt
+        self.is_stopping = True
+        tqdm.write("finishing the round, then saving (Ctrl-C again to stop at once)")
+
+    def log(self, more: dict[str, Any]) -> None:
+        """Evaluate; write metrics, samples and timing; print a row of the table and two samples."""
+        metrics, samples = self.evaluate()
+        self.lap("evaluation")
+        means = {name: total / weight for name, (total, weight) in sorted(self.means.items())}
+        row = {"queries": self.oracle.queries, "rounds": self.counts["rounds"]} | metrics | means | more
+        row |= {name: self.counts[name] for name in self.COUNTS}
+        self.write("metrics.jsonl", [row])
+        queries = {"queries": self.oracle.queries}
+        self.write("samples.jsonl", [queries | sample for sample in samples])
+        self.write("timing.jsonl", [queries | {k: round(v, 3) for k, v in self.seconds.items()}])
+        shown = [name for name in self.TABLE if name in row]
+        if not self.counts["rows"]:
+            for sample in samples[:2]:
+                tqdm.write(f"{sample['prompt']}\n  {self.compared_with}: {sample['baseline']}\n")
+            tqdm.write("queries  " + "  ".join(f"{name:>9}" for name in shown))
+        tqdm.write(f"{row['queries']:7d}  " + "  ".join(f"{row[name]:{max(9, len(name))}.3f}" for name in shown))
+        for sample in samples[:2]:
+            tqdm.write(f"         {sample['reward']:6.2f} {sample['response'].strip()}")
+        self.counts["rows"] += 1
+        self.means.clear()
+
+    def finish(self) -> None:
+        """Write model/ under a temporary name, rename it, and say where everything is."""
+        model, temporary = self.folder / "model", self.folder / "model.tmp"
+        self.policy.save_pretrained(temporary)
+        self.tokenizer.save_pretrained(temporary)
+        shutil.rmtree(model, ignore_errors=True)
+        temporary.rename(model)
+        names = "model/, metrics.jsonl, preferences.jsonl and samples.jsonl"
+        print(f"done: {self.oracle.queries} labels; {names} are in {self.folder}")

@@ -1,0 +1,80 @@
+"""Small models with random weights, in Hugging Face format, for tests that need no skill."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+TEXT = "The cat sat on my keyboard again, so the report about Jack reads: aaaaaaa. TL;DR: cats!"
+SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+             max_position_embeddings=128, bos_token_id=0, eos_token_id=0)  # fmt: skip
+
+
+def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
+
+
+def make_model(auto_class, family: str, seed: int, **options) -> torch.nn.Module:
+    """A random model whose outputs are far from uniform, so that an error would show."""
+    torch.manual_seed(seed)
+    sizes = SIZES | ({"num_key_value_heads": 2} if family == "llama" else {})
+    config = transformers.AutoConfig.for_model(family, vocab_size=300, **sizes, **options)
+    model = auto_class.from_config(config).float().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)
+    return model
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="session", params=["gpt_neox", "llama"])
+def model(request):
+    return make_model(transformers.AutoModelForCausalLM, request.param, seed=0)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory) -> Path:
+    """A data set with a policy, a reward model, and an encoder, as --model and so on take them."""
+    root = tmp_path_factory.mktemp("world")
+    causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
+    make_model(causal, "gpt_neox", 1).save_pretrained(root / "sft")
+    for name, seed in (("reward_model", 2), ("erm_backbone", 3)):
+        options = dict(num_labels=1, pad_token_id=0)
+        make_model(classifier, "gpt_neox", seed, **options).save_pretrained(root / name)
+    for name in ("sft", "reward_model", "erm_backbone"):
+        make_tokenizer().save_pretrained(root / name)
+    for name, size in (("train", 40), ("test", 10)):
+        rows = [
+            dict(prompt=f"The cat {name} number {i}. TL;DR:", reference=f"cat {i}", other=f"a cat {i}",
+                 facts=["cat"], wrong_facts=["dog"])  # fmt: skip
+            for i in range(size)
+        ]
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+@pytest.fixture
+def flags(folder, tmp_path) -> dict:
+    """Flags of a run of seconds on those models."""
+    return dict(
+        model=str(folder / "sft"), dataset=str(folder), reward_model=str(folder / "reward_model"),
+        output_dir=str(tmp_path / "run"), num_queries=12, batch_size=4, max_prompt_length=48,
+        max_new_tokens=6, eval_every=4, eval_prompts=5, checkpoint_every=1,
+    )  # fmt: skip
