@@ -10,7 +10,6 @@ response's EOS is one) and are never derived from ids, since the padding may be 
 """
 
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -25,6 +24,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -486,53 +487,53 @@ def load_policies(config: Config) -> tuple[Any, Any, Any]:
     return policy, ref_model.requires_grad_(False), tokenizer
 
 
-def load_prompts(config: Config, tokenizer: Any) -> tuple[dict[str, list], dict[str, list]]:
-    """Columns of the training and the held-out rows (test, else validation, else the last rows)."""
+def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
+    """Training and held-out prompts: the test split, else validation, else the last rows."""
     import datasets
 
     datasets.disable_progress_bars()
-    name, options = config.dataset, {}
-    if is_path(name, "dataset"):
-        name = os.path.expanduser(name)
-        if os.path.isfile(name):
-            kind = Path(name).suffix[1:].replace("jsonl", "json")
-            name, options = kind, {"data_files": name}
+    name, options = os.path.expanduser(config.dataset), {}
+    if is_path(config.dataset, "dataset") and os.path.isfile(name):
+        name, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
     try:
         splits = dict(datasets.load_dataset(name, **options))
-        train = splits.pop("train" if "train" in splits else next(iter(splits)))
+        train = splits.pop("train", None) or splits.popitem()[1]
         held_out = splits.get("test") or splits.get("validation")
         if not held_out:
-            cut = len(train) - min(config.eval_prompts, len(train) // 2)
-            held_out, train = train.select(range(cut, len(train))), train.select(range(cut))
-        train, held_out = train[:], held_out[: config.eval_prompts]
+            size = len(train) - min(config.eval_prompts, len(train) // 2)
+            held_out, train = train.select(range(size, len(train))), train.select(range(size))
+        train, held_out = train[:], held_out[:]
     except Exception as error:  # of a dozen kinds, as above
         raise UserError(f"--dataset {config.dataset} cannot be read: {error}") from error
-    return prepare(train, config, tokenizer), prepare(held_out, config, tokenizer)
+    held_out = tokenise_prompts(held_out, config, tokenizer)
+    held_out = held_out.select(torch.arange(min(config.eval_prompts, len(held_out))))
+    return tokenise_prompts(train, config, tokenizer), held_out
 
 
-def prepare(columns: dict[str, list], config: Config, tokenizer: Any) -> dict[str, list]:
-    """Check, template and tokenise prompts; over-long ones are dropped, whole rows, with a count.
-
-    Adds the columns "prompt" and "reference" under these names, and "prompt_ids".
-    """
-    where, wanted = f"--dataset {config.dataset}", config.prompt_column
-    require(wanted in columns, f"{where} has no --prompt_column {wanted}, but {', '.join(columns)}")
-    prompts = columns[wanted]
-    empty = [row for row, text in enumerate(prompts) if not (isinstance(text, str) and text.strip())]
-    require(not empty, f"{where}: the prompt of row {empty[:1]} is empty")
-    is_chat, texts = config.chat_template != "off" and tokenizer.chat_template, prompts
-    if is_chat:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"] if texts else []
-    kept = [row for row, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_length]
-    require(kept, f"{where} has no prompt within --max_prompt_length {config.max_prompt_length}")
-    if len(kept) < len(ids):
-        print(f"dropped {len(ids) - len(kept)} of {len(ids)} prompts that are too long")
-    columns = columns | {"prompt": prompts, "prompt_ids": ids}
+def tokenise_prompts(columns: dict[str, list], config: Config, tokenizer: Any) -> Batch:
+    """Rows of a data set as a `Batch` without responses; rows whose prompt is too long are dropped,
+    with a count. The columns are also named "prompt" and, if there is one, "reference"."""
+    where, column = f"--dataset {config.dataset}", config.prompt_column
+    require(column in columns, f"{where} has no --prompt_column {column}, but {', '.join(columns)}")
+    columns["prompt"] = prompts = columns[column]
     if config.reference_column in columns:
         columns["reference"] = columns[config.reference_column]
-    return {name: [values[row] for row in kept] for name, values in columns.items()}
+    for name in {"prompt", "reference"} & columns.keys():
+        empty = [i for i, text in enumerate(columns[name]) if not (text and str(text).strip())]
+        require(not empty, f"{where}: the {name} of row {empty[:1]} is empty")
+    is_chat = config.chat_template != "off" and bool(tokenizer.chat_template)
+    if is_chat:
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"] if prompts else []
+    kept = [i for i, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_length]
+    require(kept, f"{where}: no prompt has at most --max_prompt_length {config.max_prompt_length} tokens")
+    if len(kept) < len(ids):
+        print(f"{len(ids) - len(kept)} of {len(ids)} prompts are too long and were dropped")
+    columns = {name: [values[i] for i in kept] for name, values in columns.items()}
+    padded = tokenizer.pad({"input_ids": [ids[i] for i in kept]}, padding_side="left", return_tensors="pt")
+    nothing = torch.zeros(len(kept), 0, 0, dtype=torch.long)
+    return Batch(columns, padded["input_ids"], padded["attention_mask"], [[]] * len(kept), nothing, nothing)
 
 
 # ------------------------------------------------------------------ the oracle
@@ -544,60 +545,55 @@ def plain_text(prompt: str, response: str) -> str:
 
 
 class Oracle:
-    """The annotator, a reward model of one label. Its labels are counted in `queries`.
+    """The annotator: a reward model of one label. Labels are counted in `queries`, scores are not.
 
     Anything else can stand in (a rule, a judge, a student): override `score` or `prefer`.
     """
 
     def __init__(self, config: Config) -> None:
-        self.config, self.queries, name = config, 0, config.reward_model
+        name, self.config, self.queries = config.reward_model, config, 0
         self.tokenizer = load_pretrained(transformers.AutoTokenizer, name, "reward_model")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         classifier = transformers.AutoModelForSequenceClassification
         dtype = torch.bfloat16 if config.device.startswith("cuda") else torch.float32
-        model = load_pretrained(classifier, name, "reward_model", dtype=dtype)
-        require(model.config.num_labels == 1, f"--reward_model {name} has more than one label")
-        model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.model = model.to(config.device)
+        self.model = load_pretrained(classifier, name, "reward_model", dtype=dtype)
+        require(self.model.config.num_labels == 1, f"--reward_model {name} has several labels")
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.to(config.device)
 
     @torch.no_grad()
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
-        """Rewards (B, N) of N responses to each prompt, as text; for metrics, not counted.
-
-        By the reward model's chat template if it has one, else the prompt, a space, the response.
-        """
-        pairs = [(p, y) for p, row in zip(prompts, responses, strict=True) for y in row]
-        is_chat = self.config.chat_template != "off" and self.tokenizer.chat_template
+        """Rewards (B, N) of texts: by the model's chat template if it has one, else as plain_text."""
+        pairs = [(prompt, y) for prompt, row in zip(prompts, responses) for y in row]
+        is_chat = self.config.chat_template != "off" and bool(self.tokenizer.chat_template)
         texts = [plain_text(*pair) for pair in pairs]
         if is_chat:
             roles = ("user", "assistant")
-            chats = [[{"role": r, "content": text} for r, text in zip(roles, p)] for p in pairs]
+            chats = [[dict(role=r, content=text) for r, text in zip(roles, p)] for p in pairs]
             texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
         rewards = torch.empty(len(texts))
         context = getattr(self.model.config, "max_position_embeddings", math.inf)
+        options = dict(padding=True, padding_side="right", add_special_tokens=not is_chat)
         for rows in torch.tensor([len(text) for text in texts]).argsort(stable=True).split(64):
-            batch = self.tokenizer(
-                [texts[row] for row in rows], padding=True, padding_side="right",
-                add_special_tokens=not is_chat, return_tensors="pt",
-            ).to(self.model.device)  # fmt: skip
-            length = batch["input_ids"].shape[1]
-            require(length <= context, f"the oracle reads {context} tokens, not a text of {length}")
-            logits = self.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-            rewards[rows] = logits[:, 0].float().cpu()
-        require(rewards.isfinite().all(), "the oracle gave a reward that is not finite")
+            batch = self.tokenizer([texts[i] for i in rows], return_tensors="pt", **options)
+            ids, mask = (batch[key].to(self.model.device) for key in ("input_ids", "attention_mask"))
+            require(ids.shape[1] <= context, f"the oracle reads {context} tokens, not {ids.shape[1]}")
+            rewards[rows] = self.model(ids, attention_mask=mask).logits[:, 0].float().cpu()
+        require(rewards.isfinite().all(), "the oracle's reward is not finite")
         return rewards.view(len(prompts), -1)
 
-    def prefer(self, prompts: list[str], rewards: Tensor, first: list[str], second: list[str]) -> Tensor:
-        """Bradley-Terry: P(first) = sigmoid(r1 - r2); --labels argmax: the larger, ties by a coin."""
+    def prefer(self, prompts: list[str], duels: list[list[str]], rewards: Tensor) -> Tensor:
+        """Is the first of two responses better, (B,)? Bradley-Terry: P = sigmoid(r1 - r2); with
+        --labels argmax the larger reward wins, ties by a coin. `rewards` (B, 2) are `score`'s."""
         gap = rewards[:, 0] - rewards[:, 1]
         probability = gap.sigmoid() if self.config.labels == "bernoulli" else (gap.sign() + 1) / 2
         rng = generator(self.config.seed, "labels", self.queries)
         return torch.rand(len(gap), generator=rng) < probability
 
-    def label(self, prompts: list[str], first: list[str], second: list[str]) -> tuple[Tensor, Tensor]:
-        """True where the first is preferred, (B,), and the rewards of both, (B, 2), for metrics."""
-        rewards = self.score(prompts, [list(pair) for pair in zip(first, second, strict=True)])
-        is_first = torch.as_tensor(self.prefer(prompts, rewards, first, second)).bool()
+    def label(self, prompts: list[str], duels: list[list[str]]) -> tuple[Tensor, Tensor]:
+        """`prefer`, counted, (B,), and the rewards of both responses (B, 2), which metrics need."""
+        rewards = self.score(prompts, duels)
+        is_first = torch.as_tensor(self.prefer(prompts, duels, rewards)).bool()
         self.queries += len(prompts)
         return is_first, rewards
 
@@ -638,17 +634,18 @@ class Run:
     what `parts` return as state_dict, the counts, and the length of each JSONL file, no more.
     """
 
-    JSONL = ("metrics.jsonl", "preferences.jsonl", "samples.jsonl", "timing.jsonl")
-    MAY_CHANGE = {"num_queries", "eval_every", "device", "micro_batch_size", "debug", "output_dir"}
-    COUNTS = ("candidates", "decoder_streams", "gradient_steps", "synthetic_pairs")
-    TABLE = ("win_rate", "win_rate_stderr", "win_probability", "reward", "kl", "objective", "gold",
+    jsonl = ("metrics.jsonl", "preferences.jsonl", "samples.jsonl", "timing.jsonl")
+    may_change = ("num_queries", "eval_every", "device", "micro_batch_size", "debug", "output_dir",
+                  "resume", "overwrite")  # fmt: skip
+    counted = ("rounds", "candidates", "decoder_streams", "gradient_steps", "synthetic_pairs")
+    table = ("win_rate", "win_rate_stderr", "win_probability", "reward", "kl", "objective", "gold",
              "length", "online_win_rate")  # fmt: skip
 
     def __init__(self, config: Config, oracle: Oracle | None = None) -> None:
-        self.config, self.folder = config, Path(os.path.expanduser(config.output_dir))
+        self.config, self.folder = config, Path(config.output_dir).expanduser()
         self.open_folder()
         self.policy, self.ref_model, self.tokenizer = load_policies(config)
-        self.prompts, self.held_out = load_prompts(config, self.tokenizer)
+        self.prompts, self.eval_prompts = load_prompts(config, self.tokenizer)
         self.oracle = oracle or Oracle(config)
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
@@ -657,38 +654,35 @@ class Run:
         self.parts = {"policy": self.policy, "optimizer": self.optimizer}  # a script adds its own
         self.counts, self.means, self.is_stopping = Counter(), {}, False
         self.seconds, self.clock = Counter(), time.perf_counter()
-        self.eval_batch = self.batch(self.held_out, list(range(len(self.held_out["prompt"]))))
-        self.baseline = self.held_out.get("reference")
-        self.compared_with = "reference" if self.baseline else "initial policy"
-        if not self.baseline:
-            own = self.eval_responses(self.policy, 1, "baseline").responses
-            self.baseline = [text for text, in own]
-        rows = [[text] for text in self.baseline]
-        self.baseline_rewards = self.oracle.score(self.held_out["prompt"], rows)[:, 0]
+        columns = self.eval_prompts.columns
+        self.compared_with = "reference" if "reference" in columns else "initial policy"
+        self.baseline = [[text] for text in columns.get("reference", [])]
+        self.baseline = self.baseline or self.respond(
+            partial(PackedDecoder, self.policy, num_responses=1), self.eval_prompts, 1,
+            generator(config.seed, "baseline"), temperature=1.0,
+        ).responses  # fmt: skip
+        self.baseline_rewards = self.oracle.score(columns["prompt"], self.baseline)[:, 0]
 
     def open_folder(self) -> None:
         """Refuse a folder that is used, or resumed with other flags; write config.json."""
         config, folder, flags = self.config, self.folder, dataclasses.asdict(self.config)
-        names = ("config.json", *self.JSONL, "checkpoint.pt", "model")
+        names = ("config.json", *self.jsonl, "checkpoint.pt", "model")
         used = [folder / name for name in names if (folder / name).exists()]
         if config.resume:
             require(folder / "config.json" in used, f"--resume: {folder} holds no run")
             saved = json.loads((folder / "config.json").read_text())["flags"]
-            free = self.MAY_CHANGE | {"resume", "overwrite"}
-            changed = [f"--{name}" for name in flags if saved.get(name) != flags[name] and name not in free]
-            require(not changed, f"--resume: {', '.join(changed)} differ from the run in {folder}")
-        require(
-            config.resume or config.overwrite or not used,
-            f"{folder} holds a run: --resume it, --overwrite it, or name another --output_dir",
-        )
+            changed = [name for name in flags if saved.get(name) != flags[name]]
+            changed = ", ".join(f"--{name}" for name in changed if name not in self.may_change)
+            require(not changed, f"--resume: {changed} differ from the run in {folder}")
+        is_free = config.resume or config.overwrite or not used
+        require(is_free, f"{folder} holds a run: --resume, --overwrite or another --output_dir?")
         for path in used if config.overwrite else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         folder.mkdir(parents=True, exist_ok=True)
         command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-        packages = ("torch", "transformers", "datasets", "tqdm")
-        versions = {name: importlib.metadata.version(name) for name in packages}
-        about = {"flags": flags, "versions": versions, "git_commit": commit, "device": config.device}
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
+        about = dict(flags=flags, versions=versions, git_commit=commit, device=config.device)
         (folder / "config.json").write_text(json.dumps(about, indent=1))
 
     def restore(self) -> None:
@@ -704,107 +698,94 @@ class Run:
         self.counts.update(state["counts"])
         self.means.update(state["means"])
         self.oracle.queries = self.counts["queries"]
-        for name in self.JSONL:
+        for name in self.jsonl:
             with open(self.folder / name, "ab") as file:
                 file.truncate(state["sizes"].get(name, 0))
 
     def save(self) -> None:
         """Write checkpoint.pt under a temporary name, then rename it: never half a file."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
-        state["sizes"] = {name: (self.folder / name).stat().st_size for name in self.JSONL}
-        state |= {"counts": dict(self.counts), "means": self.means}
+        sizes = {name: (self.folder / name).stat().st_size for name in self.jsonl}
+        state |= dict(counts=dict(self.counts), means=self.means, sizes=sizes)
         torch.save(state, self.folder / "checkpoint.tmp")
         os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
     def write(self, name: str, rows: list[dict]) -> None:
+        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
         with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+            file.writelines(lines)
 
     def lap(self, phase: str) -> None:
         """Book the time since the last lap under `phase`, for timing.jsonl."""
         if self.config.device.startswith("cuda"):
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        self.seconds[phase] += now - self.clock
-        self.clock = now
+        self.seconds[phase] += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
 
-    def batch(self, columns: dict[str, list], rows: list[int]) -> Batch:
-        """Prompts of a data set as a `Batch` without responses."""
-        columns = {name: [values[row] for row in rows] for name, values in columns.items()}
-        ids = {"input_ids": columns.pop("prompt_ids")}
-        padded = self.tokenizer.pad(ids, padding_side="left", return_tensors="pt")
-        nothing = torch.zeros(len(rows), 0, 0, dtype=torch.long)
-        texts = [[] for _ in rows]
-        return Batch(columns, padded["input_ids"], padded["attention_mask"], texts, nothing, nothing)
+    def record(self, weight: int, values: dict[str, float]) -> None:
+        """Add a round's values to the weighted means that the next row of metrics shows."""
+        for name, value in values.items() if weight else ():
+            total, weights = self.means.get(name, (0.0, 0))
+            self.means[name] = (total + weight * value, weights + weight)
 
     def next_prompts(self, count: int) -> Batch:
         """The next prompts of the training set, which is reshuffled each epoch."""
-        size, start = len(self.prompts["prompt"]), self.counts["prompts"]
+        size, start, seed = len(self.prompts), self.counts["prompts"], self.config.seed
         epochs = range(start // size, (start + count - 1) // size + 1)
-        shuffles = [torch.randperm(size, generator=generator(self.config.seed, "epoch", e)) for e in epochs]
+        order = [torch.randperm(size, generator=generator(seed, "epoch", e)) for e in epochs]
         self.counts["prompts"] += count
-        return self.batch(self.prompts, torch.cat(shuffles)[start % size :][:count].tolist())
+        return self.prompts.select(torch.cat(order)[start % size :][:count])
 
     def respond(
-        self, prompts: Batch, uniforms: Tensor, decoder: Callable, temperature: float = 1.0
+        self, decoder: Callable, prompts: Batch, num: int, rng: torch.Generator, temperature: float
     ) -> Batch:
-        """The prompts with N sampled responses each; `uniforms` (B, N, R) as in `generate`.
+        """The prompts with `num` sampled responses each, as tokens and text.
 
-        `decoder(part, rows)` returns the `next_logits` of a micro-batch.
+        `decoder(part)` makes the `next_logits` of a micro-batch, see `generate`.
         """
-        sampled, eos = [], self.tokenizer.eos_token_id
+        uniforms = torch.rand(len(prompts), num, self.config.max_new_tokens, generator=rng)
+        eos, sampled = self.tokenizer.eos_token_id, []
         for rows, part in prompts.split(self.config.micro_batch_size):
             numbers = uniforms[rows].to(self.config.device)
-            sampled.append(generate(decoder(part, rows), numbers, eos, temperature))
-        ids, mask = (torch.cat(parts).cpu() for parts in zip(*sampled, strict=True))  # (B, N, R)
-        flat = zip(ids.flatten(0, 1), mask.sum(-1).flatten(), strict=True)
+            sampled.append(generate(decoder(part), numbers, eos, temperature))
+        ids, mask = (torch.cat(parts).cpu() for parts in zip(*sampled))  # (B, N, R)
+        flat = zip(ids.flatten(0, 1), mask.sum(-1).flatten())
         tokens = [response[:length] for response, length in flat]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        num = ids.shape[1]
         texts = [texts[start : start + num] for start in range(0, len(texts), num)]
         full = dataclasses.replace(prompts, responses=texts, response_ids=ids, response_mask=mask)
         return full.select(torch.arange(len(full)))
 
-    def sample(self, model: nn.Module, prompts: Batch, num: int, rng: torch.Generator) -> Batch:
-        """`num` responses of `model` to each prompt, counted."""
-        uniforms = torch.rand(len(prompts), num, self.config.max_new_tokens, generator=rng)
-        decoder = lambda part, _: PackedDecoder(model, part, num)  # noqa: E731
-        batch = self.respond(prompts, uniforms, decoder, self.config.temperature)
-        self.counts["candidates"] += len(prompts) * num
-        self.counts["decoder_streams"] += len(prompts) * num
-        self.lap("generate")
-        return batch
-
     def ask(
         self, batch: Batch, first: Tensor, second: Tensor, is_asked: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Duels (B,), (B,) to the oracle where `is_asked`, elsewhere the first is taken to win.
+        """Send the duels (B,), (B,) of the rows `is_asked` to the oracle; elsewhere the first wins.
 
-        Duels of equal texts are not sent, nor any beyond the budget. Returns the numbers of the
-        labelled rows, and the chosen and the rejected candidate of every row; those of rows not to
-        be trained on are equal. Logs online_win_rate and online_win_probability: of both labelled
-        responses against the data set's own, where it has one.
+        Duels of equal texts are not sent, nor any beyond the budget. Returns the rows that were
+        labelled (n,), and the chosen and the rejected candidate of each row (B,), which are equal
+        where there is nothing to train on. Logs online_win_rate and online_win_probability: of the
+        labelled responses, both of a duel, against the data set's reference, if it has one.
         """
-        texts = [[row[n].strip() for row, n in zip(batch.responses, duel)] for duel in (first, second)]
-        differs = torch.tensor([a != b for a, b in zip(*texts)])
-        is_asked = is_asked & differs
-        budget = self.config.num_queries - self.oracle.queries
-        is_cut = is_asked & (is_asked.cumsum(0) > budget)
-        asked = (is_asked & ~is_cut).nonzero()[:, 0]
-        chosen, rejected = first.clone(), torch.where(is_cut | ~differs, first, second)
-        if len(asked):
-            prompts, a, b = ([texts[row] for row in asked] for texts in (batch.columns["prompt"], *texts))
-            is_first, rewards = self.oracle.label(prompts, a, b)  # (n,), (n, 2)
-            chosen[asked] = torch.where(is_first, first[asked], second[asked])
-            rejected[asked] = torch.where(is_first, second[asked], first[asked])
+        duels = [[row[a].strip(), row[b].strip()] for row, a, b in zip(batch.responses, first, second)]
+        differs = torch.tensor([a != b for a, b in duels])
+        is_sent = is_asked & differs
+        is_sent &= is_sent.cumsum(0) <= self.config.num_queries - self.oracle.queries
+        sent = is_sent.nonzero()[:, 0]
+        is_dropped = ~differs | (is_asked & ~is_sent)
+        chosen, rejected = first.clone(), torch.where(is_dropped, first, second)
+        if len(sent):
+            prompts = [batch.columns["prompt"][i] for i in sent]
+            is_first, rewards = self.oracle.label(prompts, [duels[i] for i in sent])  # (n,), (n, 2)
+            chosen[sent] = torch.where(is_first, first[sent], second[sent])
+            rejected[sent] = torch.where(is_first, second[sent], first[sent])
             if "reference" in batch.columns:
-                references = [[batch.columns["reference"][row]] for row in asked]
-                baseline = self.oracle.score(prompts, references)[:, 0].repeat_interleave(2)
-                online = win_metrics(rewards.flatten(), baseline)
-                online.pop("win_rate_stderr")
-                self.record(len(asked), {f"online_{name}": value for name, value in online.items()})
+                references = [[batch.columns["reference"][i]] for i in sent]
+                baseline = self.oracle.score(prompts, references).expand(-1, 2)
+                online = win_metrics(rewards.flatten(), baseline.flatten())
+                del online["win_rate_stderr"]
+                self.record(len(sent), {f"online_{name}": value for name, value in online.items()})
         self.lap("label")
-        return asked, chosen, rejected
+        return sent, chosen, rejected
 
     def learn(
         self, batch: Batch, chosen: Tensor, rejected: Tensor, is_model: Tensor, pair_loss: Callable
@@ -813,75 +794,77 @@ class Run:
         kept = (chosen != rejected).nonzero()[:, 0]
         if not len(kept):
             return
-        pairs = batch.select(kept, torch.stack([chosen, rejected], 1)[kept])  # (b, 2)
+        pairs = batch.select(kept, torch.stack([chosen, rejected], 1)[kept])  # N = 2
         sources = ["model" if model else "oracle" for model in is_model[kept]]
-        self.counts["synthetic_pairs"] += sources.count("model")
+        rows = zip(pairs.columns["prompt"], pairs.responses, sources)
         self.write("preferences.jsonl", [
-            {"round": self.counts["rounds"], "prompt": prompt, "chosen": a, "rejected": b, "source": s}
-            for prompt, (a, b), s in zip(pairs.columns["prompt"], pairs.responses, sources)
-        ])
+            dict(round=self.counts["rounds"], prompt=prompt, chosen=y[0], rejected=y[1], source=source)
+            for prompt, y, source in rows
+        ])  # fmt: skip
+        self.counts["synthetic_pairs"] += sources.count("model")
         if self.config.learning_rate:
-            ref_logps = frozen_logps(self.ref_model, pairs, self.config)  # once a pair, ever
+            ref_logps = frozen_logps(self.ref_model, pairs, self.config)  # (b, 2), once and for all
             seen = update(self.policy, self.optimizer, pairs, ref_logps, pair_loss, self.config)
             self.record(len(pairs), seen)
             self.counts["gradient_steps"] += 1
-            self.lap("update")
-
-    def eval_responses(self, model: nn.Module, num_responses: int, name: str) -> Batch:
-        """Responses to the held-out prompts at temperature 1, from the same numbers every time."""
-        rng = generator(self.config.seed, name)
-        shape = (len(self.eval_batch), num_responses, self.config.max_new_tokens)
-        was_training = model.training
-        model.eval()
-        uniforms = torch.rand(shape, generator=rng)
-        batch = self.respond(
-            self.eval_batch, uniforms, lambda part, _: PackedDecoder(model, part, num_responses)
-        )
-        model.train(was_training)
-        return batch
+        self.lap("update")
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict]]:
-        """The metrics of the policy on the held-out prompts, one sample each, and the samples."""
-        batch, columns = self.eval_responses(self.policy, 1, "evaluation"), self.held_out
-        rewards = self.oracle.score(columns["prompt"], batch.responses)[:, 0]  # (B,)
+        """Metrics of one temperature-1 response to each held-out prompt, from the same random
+        numbers at each evaluation; and the responses."""
+        rng, decoder = generator(self.config.seed, "evaluation"), partial(PackedDecoder, self.policy)
+        decoder = partial(decoder, num_responses=1)
+        batch = self.respond(decoder, self.eval_prompts, 1, rng, temperature=1.0)
+        columns = batch.columns
+        rewards = self.oracle.score(columns["prompt"], batch.responses)[:, 0]
         logps, ref_logps = (
-            frozen_logps(model, batch, self.config)[:, 0] for model in (self.policy, self.ref_model)
+            frozen_logps(model, batch, self.config) for model in (self.policy, self.ref_model)
         )
-        kl = (logps - ref_logps).double().mean().item()  # nats a response, to --ref_model
-        reward = rewards.double().mean().item()
+        reward, kl = rewards.double().mean().item(), (logps - ref_logps).double().mean().item()
         metrics = win_metrics(rewards, self.baseline_rewards) | {
+            "compared_with": self.compared_with,
             "reward": reward,
-            "kl": kl,
+            "kl": kl,  # nats a response, to --ref_model
             "objective": reward - self.config.beta * kl,
             "length": batch.response_mask.sum(-1).double().mean().item(),  # tokens
-            "compared_with": self.compared_with,
         }
-        samples = [
-            {"prompt": prompt, "baseline": baseline, "response": response, "reward": value}
-            for prompt, baseline, (response,), value in zip(
-                columns["prompt"], self.baseline, batch.responses, rewards.tolist(), strict=True
-            )
-        ]
-        if "facts" in columns and "wrong_facts" in columns:
-            for row, facts, wrong in zip(samples, columns["facts"], columns["wrong_facts"], strict=True):
-                row["gold"] = gold_score(row["response"], facts, wrong)
+        rows = zip(columns["prompt"], self.baseline, batch.responses, rewards.tolist())
+        samples = [dict(prompt=x, baseline=z[0], response=y[0], reward=r) for x, z, y, r in rows]
+        if {"facts", "wrong_facts"} <= columns.keys():
+            for row, right, wrong in zip(samples, columns["facts"], columns["wrong_facts"]):
+                row["gold"] = gold_score(row["response"], right, wrong)
             metrics["gold"] = sum(row["gold"] for row in samples) / len(samples)
         return metrics, samples
 
-    def record(self, weight: int, values: dict[str, float]) -> None:
-        """Add a round's values to the means, weighted, that the next row of metrics shows."""
-        for name, value in values.items() if weight else ():
-            total, weights = self.means.get(name, (0.0, 0))
-            self.means[name] = (total + weight * value, weights + weight)
+    def log(self, more: dict[str, Any]) -> None:
+        """Evaluate; write metrics, samples and timing; print a row of the table and two samples."""
+        metrics, samples = self.evaluate()
+        self.lap("evaluation")
+        means = {name: total / weight for name, (total, weight) in sorted(self.means.items())}
+        queries, counts = {"queries": self.oracle.queries}, {n: self.counts[n] for n in self.counted}
+        row = queries | counts | metrics | means | more
+        self.write("metrics.jsonl", [row])
+        self.write("samples.jsonl", [queries | sample for sample in samples])
+        self.write("timing.jsonl", [queries | {k: round(v, 3) for k, v in self.seconds.items()}])
+        if not self.counts["rows"]:
+            for sample in samples[:2]:
+                tqdm.write(f"{sample['prompt']}\n  {self.compared_with}: {sample['baseline']}\n")
+            tqdm.write("".join(f"{name:>16}" for name in ("queries", *self.table)))
+        cells = [f"{row[name]:16.3f}" if name in row else " " * 16 for name in self.table]
+        tqdm.write(f"{row['queries']:16d}{''.join(cells)}")
+        for sample in samples[:2]:
+            tqdm.write(f"  [{sample['reward']:5.2f}] {sample['response'].strip()}")
+        self.counts["rows"] += 1
+        self.means.clear()
 
     def rounds(self, more_metrics: Callable[[], dict[str, Any]] = dict) -> Iterator[int]:
-        """Yield the rounds until the budget of labels is spent; between them evaluate when
-        --eval_every labels have been trained on, log, save; at the end write the model."""
-        config, counts, oracle = self.config, self.counts, self.oracle
+        """Number the rounds until the budget of labels is spent. Between them: evaluate when
+        --eval_every more labels have been trained on, log, save; at the end write the model."""
         self.restore()
+        config, counts, oracle = self.config, self.counts, self.oracle
         bar = tqdm(total=config.num_queries, initial=oracle.queries, unit="label", mininterval=1)
-        is_main = threading.current_thread() is threading.main_thread()
-        previous = signal.signal(signal.SIGINT, self.interrupt) if is_main else None
+        is_main_thread = threading.current_thread() is threading.main_thread()
+        previous = signal.signal(signal.SIGINT, self.interrupt) if is_main_thread else None
         try:
             if not counts["rows"]:
                 self.log(more_metrics())
@@ -892,51 +875,28 @@ class Run:
                 counts["queries"] = oracle.queries
                 counts["idle_rounds"] = 0 if oracle.queries > before else counts["idle_rounds"] + 1
                 bar.update(oracle.queries - bar.n)
-                is_last = oracle.queries >= config.num_queries
+                is_last, is_idle = oracle.queries >= config.num_queries, counts["idle_rounds"] >= 20
                 if is_last or oracle.queries // config.eval_every > before // config.eval_every:
                     self.log(more_metrics())
-                is_idle = counts["idle_rounds"] == 20
                 is_due = counts["rounds"] % config.checkpoint_every == 0
                 if is_due or is_last or is_idle or self.is_stopping:
                     self.save()
-                require(not is_idle, "stopped and saved: 20 rounds in a row brought no label")
+                require(not is_idle, "20 rounds in a row brought no label: stopped and saved")
                 if self.is_stopping:
-                    bar.write("stopped and saved: add --resume to the same command to continue")
+                    bar.write("stopped and saved: the same command with --resume continues")
                     raise KeyboardInterrupt
         finally:
             bar.close()
-            if is_main:
+            if is_main_thread:
                 signal.signal(signal.SIGINT, previous)
         self.finish()
 
     def interrupt(self, *_: Any) -> None:
-        """Ctrl-C ends the run after the round; a second one ends it at once."""
+        """Ctrl-C ends the run after this round; a second one ends it at once."""
         if self.is_stopping:
             raise KeyboardInterrupt
         self.is_stopping = True
-        tqdm.write("finishing the round, then saving (Ctrl-C again to stop at once)")
-
-    def log(self, more: dict[str, Any]) -> None:
-        """Evaluate; write metrics, samples and timing; print a row of the table and two samples."""
-        metrics, samples = self.evaluate()
-        self.lap("evaluation")
-        means = {name: total / weight for name, (total, weight) in sorted(self.means.items())}
-        row = {"queries": self.oracle.queries, "rounds": self.counts["rounds"]} | metrics | means | more
-        row |= {name: self.counts[name] for name in self.COUNTS}
-        self.write("metrics.jsonl", [row])
-        queries = {"queries": self.oracle.queries}
-        self.write("samples.jsonl", [queries | sample for sample in samples])
-        self.write("timing.jsonl", [queries | {k: round(v, 3) for k, v in self.seconds.items()}])
-        shown = [name for name in self.TABLE if name in row]
-        if not self.counts["rows"]:
-            for sample in samples[:2]:
-                tqdm.write(f"{sample['prompt']}\n  {self.compared_with}: {sample['baseline']}\n")
-            tqdm.write("queries  " + "  ".join(f"{name:>9}" for name in shown))
-        tqdm.write(f"{row['queries']:7d}  " + "  ".join(f"{row[name]:{max(9, len(name))}.3f}" for name in shown))
-        for sample in samples[:2]:
-            tqdm.write(f"         {sample['reward']:6.2f} {sample['response'].strip()}")
-        self.counts["rows"] += 1
-        self.means.clear()
+        tqdm.write("finishing the round and saving (Ctrl-C again: stop at once)")
 
     def finish(self) -> None:
         """Write model/ under a temporary name, rename it, and say where everything is."""
@@ -946,4 +906,4 @@ class Run:
         shutil.rmtree(model, ignore_errors=True)
         temporary.rename(model)
         names = "model/, metrics.jsonl, preferences.jsonl and samples.jsonl"
-        print(f"done: {self.oracle.queries} labels; {names} are in {self.folder}")
+        print(f"done, {self.oracle.queries} labels: {names} are in {self.folder}")

@@ -40,6 +40,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -48,7 +49,7 @@ import transformers
 from torch import Tensor, nn
 
 import common
-from common import Batch, flag, generator, packed_inputs, require
+from common import Batch, PackedDecoder, flag, generator, packed_inputs, require
 
 
 @dataclass
@@ -396,7 +397,9 @@ def best_of_n(config: Config, run: common.Run, ensemble: Any, read: Callable) ->
     """Best of N policy samples by the mean head: win_rate and reward on the held-out prompts."""
     if not config.best_of_n:
         return {}
-    batch = run.eval_responses(run.policy, config.best_of_n, "best of n")
+    decoder = partial(PackedDecoder, run.policy, num_responses=config.best_of_n)
+    rng = generator(config.seed, "best of n")
+    batch = run.respond(decoder, run.eval_prompts, config.best_of_n, rng, temperature=1.0)
     mean_rewards = ensemble(read(batch)).mean(0).cpu()  # (E, B, N) -> (B, N)
     texts = [[row[n]] for row, n in zip(batch.responses, mean_rewards.argmax(-1), strict=True)]
     rewards = run.oracle.score(batch.columns["prompt"], texts)[:, 0]
@@ -410,6 +413,7 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
     if config.num_heads:
         ensemble, read_features = load_ensemble(config, run)
     sampler = run.ref_model if config.offline else run.policy
+    decoder = partial(PackedDecoder, sampler, num_responses=config.num_candidates)
     num_prompts = config.batch_size * (4 if config.explore == "apl" else 1)
 
     def pair_loss(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
@@ -420,7 +424,11 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
     for number in run.rounds(lambda: best_of_n(config, run, ensemble, read_features)):
         rng = generator(config.seed, "round", number)
         # 1. Receive prompts, and 2. draw M candidates a prompt.
-        batch = run.sample(sampler, run.next_prompts(num_prompts), config.num_candidates, rng)
+        prompts = run.next_prompts(num_prompts)
+        batch = run.respond(decoder, prompts, config.num_candidates, rng, config.temperature)
+        num_drawn = len(prompts) * config.num_candidates
+        run.counts.update(candidates=num_drawn, decoder_streams=num_drawn)
+        run.lap("generate")
         # 3, 4. Choose a duel a prompt; the heads choose some pairs for themselves.
         rewards = torch.zeros(1, len(batch), config.num_candidates)
         if config.explore == "apl":
