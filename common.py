@@ -105,6 +105,10 @@ class Config:
         require(not (self.resume and self.overwrite), "--resume excludes --overwrite")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device {self.device} is not to be had here") from error
         self.ref_model = self.ref_model or self.model
 
 
@@ -456,8 +460,9 @@ def packing_error(model: nn.Module, num_prompt_tokens: int, num_response_tokens:
 
 
 def load_policies(config: Config) -> tuple[Any, Any, Any]:
-    """Policy, frozen reference and tokenizer. Both models are float32 and run alike: a reference of
-    another precision would give log-ratios that do not start at 0."""
+    """Policy, reference and tokenizer. Both models are float32 and run alike: in another precision,
+    or even with requires_grad off (which picks other kernels), log-ratios would not start at 0.
+    The reference stays as it is because nothing steps it."""
     tokenizer = load_pretrained(transformers.AutoTokenizer, config.model, "model")
     require(tokenizer.eos_token_id is not None, f"--model {config.model} has no EOS token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -483,8 +488,8 @@ def load_policies(config: Config) -> tuple[Any, Any, Any]:
     same &= ref_model.config.vocab_size == policy.config.vocab_size
     require(same, f"--ref_model {config.ref_model} has another vocabulary than --model")
     if config.gradient_checkpointing:
-        policy.gradient_checkpointing_enable({"use_reentrant": False})
-    return policy, ref_model.requires_grad_(False), tokenizer
+        policy.gradient_checkpointing_enable()
+    return policy, ref_model, tokenizer
 
 
 def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
@@ -638,8 +643,8 @@ class Run:
     may_change = ("num_queries", "eval_every", "device", "micro_batch_size", "debug", "output_dir",
                   "resume", "overwrite")  # fmt: skip
     counted = ("rounds", "candidates", "decoder_streams", "gradient_steps", "synthetic_pairs")
-    table = ("win_rate", "win_rate_stderr", "win_probability", "reward", "kl", "objective", "gold",
-             "length", "online_win_rate")  # fmt: skip
+    table = ("win_rate", "win_rate_stderr", "reward", "kl", "objective", "gold", "length",
+             "online_win_rate")  # fmt: skip
 
     def __init__(self, config: Config, oracle: Oracle | None = None) -> None:
         self.config, self.folder = config, Path(config.output_dir).expanduser()
@@ -849,9 +854,11 @@ class Run:
         if not self.counts["rows"]:
             for sample in samples[:2]:
                 tqdm.write(f"{sample['prompt']}\n  {self.compared_with}: {sample['baseline']}\n")
-            tqdm.write("".join(f"{name:>16}" for name in ("queries", *self.table)))
-        cells = [f"{row[name]:16.3f}" if name in row else " " * 16 for name in self.table]
-        tqdm.write(f"{row['queries']:16d}{''.join(cells)}")
+            tqdm.write("  ".join(("queries", *(f"{name:>6}" for name in self.table))))
+        cells = [f"{row[name]:.3f}" if name in row else "" for name in self.table]
+        widths = [max(len(name), 6) for name in self.table]
+        cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths)]
+        tqdm.write("  ".join((f"{row['queries']:7d}", *cells)))
         for sample in samples[:2]:
             tqdm.write(f"  [{sample['reward']:5.2f}] {sample['response'].strip()}")
         self.counts["rows"] += 1

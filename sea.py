@@ -303,9 +303,12 @@ def most_uncertain_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, T
 
 
 def widest_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair with the largest margin, best first: rewards (B, N) -> (B,), (B,)."""
+    """The pair with the largest margin, best first: rewards (B, N) -> (B,), (B,). Where all are
+    equal, as implicit rewards are at policy = reference, any two candidates, which is random."""
     best = rewards.masked_fill(~is_distinct, -math.inf).argmax(-1)
-    return best, rewards.masked_fill(~is_distinct, math.inf).argmin(-1)
+    others = is_distinct.scatter(1, best[:, None], False)
+    worst = rewards.masked_fill(~others, math.inf).argmin(-1)
+    return best, torch.where(others.any(1), worst, best)
 
 
 def keep_uncertain(batch: Batch, run: common.Run, num_kept: int) -> tuple[Batch, Tensor]:
@@ -409,9 +412,8 @@ def best_of_n(config: Config, run: common.Run, ensemble: Any, read: Callable) ->
 
 def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
     """SEA, round by round; `common.Run` says what is written where."""
-    run, ensemble, features = common.Run(config, oracle), None, None
-    if config.num_heads:
-        ensemble, read_features = load_ensemble(config, run)
+    run = common.Run(config, oracle)
+    ensemble, read_features = load_ensemble(config, run) if config.num_heads else (None, None)
     sampler = run.ref_model if config.offline else run.policy
     decoder = partial(PackedDecoder, sampler, num_responses=config.num_candidates)
     num_prompts = config.batch_size * (4 if config.explore == "apl" else 1)

@@ -8,6 +8,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from common import Batch
+
 TEXT = "The cat sat on my keyboard again, so the report about Jack reads: aaaaaaa. TL;DR: cats!"
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
              max_position_embeddings=128, bos_token_id=0, eos_token_id=0)  # fmt: skip
@@ -78,3 +80,46 @@ def flags(folder, tmp_path) -> dict:
         output_dir=str(tmp_path / "run"), num_queries=12, batch_size=4, max_prompt_length=48,
         max_new_tokens=6, eval_every=4, eval_prompts=5, checkpoint_every=1,
     )  # fmt: skip
+
+
+def make_batch(
+    prompt_lengths: list[int], response_lengths: list[list[int]], seed: int = 0
+) -> Batch:
+    """Random prompts and responses of these lengths, padded as `Batch` wants it. Token 0 is EOS and
+    padding; it also stands inside each prompt of 3 or more tokens."""
+    rng = torch.Generator().manual_seed(seed)
+    prompt_ids = torch.zeros(len(prompt_lengths), max(prompt_lengths), dtype=torch.long)
+    sizes = (len(response_lengths), len(response_lengths[0]), max(map(max, response_lengths)))
+    response_ids = torch.zeros(sizes, dtype=torch.long)
+    prompt_mask, response_mask = torch.zeros_like(prompt_ids), torch.zeros_like(response_ids)
+    for b, length in enumerate(prompt_lengths):
+        prompt_ids[b, -length:] = torch.randint(1, 300, (length,), generator=rng)
+        prompt_mask[b, -length:] = 1
+        prompt_ids[b, -length + 1 : -1] *= torch.arange(length - 2) != 0 if length > 2 else 1
+        for n, size in enumerate(response_lengths[b]):
+            response_ids[b, n, :size] = torch.randint(1, 300, (size,), generator=rng)
+            response_mask[b, n, :size] = 1
+    texts = [[f"response {b} {n}" for n in range(sizes[1])] for b in range(sizes[0])]
+    columns = {"prompt": [f"prompt {b}" for b in range(sizes[0])]}
+    return Batch(columns, prompt_ids, prompt_mask, texts, response_ids, response_mask)
+
+
+def real_ids(batch: Batch, b: int, n: int) -> tuple[list[int], list[int]]:
+    """Prompt b and its response n as lists of tokens, without padding."""
+    prompt = [i for i, m in zip(batch.prompt_ids[b].tolist(), batch.prompt_mask[b]) if m]
+    response = zip(batch.response_ids[b, n].tolist(), batch.response_mask[b, n])
+    return prompt, [i for i, m in response if m]
+
+
+def plain_token_logps(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """log pi(y_t | x, y_<t), (B, N, R), from one unpadded forward a response: the definition."""
+    num_prompts, num_responses, length = batch.response_ids.shape
+    rows = []
+    for b in range(num_prompts):
+        for n in range(num_responses):
+            prompt, response = real_ids(batch, b, n)
+            logits = model(torch.tensor([prompt + response])).logits[0]
+            logps = logits.log_softmax(-1)[len(prompt) - 1 : -1]
+            own = logps[range(len(response)), response]
+            rows.append(torch.nn.functional.pad(own, (0, length - len(response))))
+    return torch.stack(rows).view(num_prompts, num_responses, length)
