@@ -467,7 +467,8 @@ def load_policies(config: Config) -> tuple[Any, Any, Any]:
     require(tokenizer.eos_token_id is not None, f"--model {config.model} has no EOS token")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     has_template = bool(tokenizer.chat_template)
-    require(has_template or config.chat_template != "on", f"--model {config.model} has no template")
+    require(has_template or config.chat_template != "on",
+            f"--chat_template on, but --model {config.model} has none")  # fmt: skip
     lengths, models = (config.max_prompt_length, config.max_new_tokens), []
     for flag_name in ("model", "ref_model"):
         name = getattr(config, flag_name)
@@ -497,6 +498,7 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     name, options = os.path.expanduser(config.dataset), {}
     if is_path(config.dataset, "dataset") and os.path.isfile(name):
         name, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
@@ -809,7 +811,10 @@ class Run:
         self.counts["synthetic_pairs"] += sources.count("model")
         if self.config.learning_rate:
             ref_logps = frozen_logps(self.ref_model, pairs, self.config)  # (b, 2), once and for all
-            seen = update(self.policy, self.optimizer, pairs, ref_logps, pair_loss, self.config)
+            try:
+                seen = update(self.policy, self.optimizer, pairs, ref_logps, pair_loss, self.config)
+            except UserError as error:
+                raise UserError(f"round {self.counts['rounds']}: {error}") from error
             self.record(len(pairs), seen)
             self.counts["gradient_steps"] += 1
         self.lap("update")

@@ -1,6 +1,7 @@
 """Small models with random weights, in Hugging Face format, for tests that need no skill."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,9 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from common import Batch
+
+torch.set_num_threads(1)  # small tensors; and a busy second core would stall every operation
+os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 TEXT = "The cat sat on my keyboard again, so the report about Jack reads: aaaaaaa. TL;DR: cats!"
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
