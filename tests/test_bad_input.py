@@ -213,6 +213,11 @@ def test_a_used_folder_is_refused_and_left_as_it_was(refused, flags, folder):
     assert "--beta" in message and "--seed" in message and "--num_queries" not in message
 
 
+def test_a_failed_start_leaves_no_folder_behind(refused, flags):
+    refused(reward_model="./nowhere")
+    assert not Path(flags["output_dir"]).exists()
+
+
 def test_resume_without_a_run_and_a_file_as_folder_are_refused(refused, tmp_path):
     assert "--resume" in refused("--resume")
     (tmp_path / "file").write_text("mine")
