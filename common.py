@@ -95,13 +95,14 @@ class Config:
         for name, hint in get_type_hints(type(self)).items():
             value, kinds = getattr(self, name), get_args(hint) or (hint,)
             if get_origin(hint) is Literal:
-                require(value in kinds, f"--{name} must be one of {', '.join(kinds)}, not {value!r}")
-                continue
-            is_right = type(value) in kinds or (type(value) is int and float in kinds)
+                is_right, wanted = value in kinds, "one of " + ", ".join(kinds)
+            else:
+                is_right = type(value) in kinds or (type(value) is int and float in kinds)
+                wanted = kinds[0].__name__
             if is_right and type(value) in (int, float):
                 is_right = 0 < value < 2**63 or (value == 0 and name in self.may_be_zero)
-            wanted = kinds[0].__name__ + " above 0" * (kinds[0] in (int, float))
-            require(is_right, f"--{name} must be a finite {wanted}, not {value!r}")
+                wanted = f"a finite {wanted} above 0"
+            require(is_right, f"--{name} must be {wanted}, not {value!r}")
         require(not (self.resume and self.overwrite), "--resume excludes --overwrite")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -198,9 +199,9 @@ def packed_layout(
     Returns: mask (B, 1, Q, S) to add to attention scores, 0 or hugely negative, S = P + L; and
         positions (B, S), which count real tokens and restart after the prompt.
     """
-    num_prompt_tokens = prompt_mask.shape[1]
-    owner = F.pad(owner, (num_prompt_tokens, 0), value=-1)  # (S,), -1 is the prompt
-    place = torch.cat([torch.arange(num_prompt_tokens, device=step.device), num_prompt_tokens + step])
+    length = prompt_mask.shape[1]
+    owner = F.pad(owner, (length, 0), value=-1)  # (S,), -1 is the prompt
+    place = torch.cat([torch.arange(length, device=step.device), length + step])  # (S,)
     is_real = F.pad(prompt_mask.bool(), (0, len(step)), value=True)  # (B, S)
     queries = slice(-num_queries or None, None)
     is_mine = (owner == -1) | (owner == owner[queries, None])  # (Q, S)
@@ -281,18 +282,19 @@ class PackedDecoder:
         """The newest tokens (B, N), or None at the start -> logits (B, N, V) in float32."""
         ids = self.prompt_ids if tokens is None else tokens
         steps = torch.arange(self.num_steps, device=ids.device)
-        owner, step = self.responses.repeat(len(steps)), steps.repeat_interleave(len(self.responses))
-        layout = (self.prompt_mask, owner, step, self.model.dtype, ids.shape[1])
-        mask, positions = packed_layout(*layout)
+        owner = self.responses.repeat(len(steps))  # the cache grows by N tokens a step
+        step = steps.repeat_interleave(len(self.responses))
+        dtype, num_new = self.model.dtype, ids.shape[1]
+        mask, positions = packed_layout(self.prompt_mask, owner, step, dtype, num_new)
         self.num_steps += 1
         with autocast(ids.device):
             logits = self.model(
                 ids,
                 attention_mask=mask,
-                position_ids=positions[:, -ids.shape[1] :],
+                position_ids=positions[:, -num_new:],
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=1 if tokens is None else ids.shape[1],
+                logits_to_keep=1 if tokens is None else num_new,
             ).logits
         return logits.float().expand(-1, len(self.responses), -1)
 
@@ -394,9 +396,6 @@ def update(
         rewards = config.beta * (logps - ref)  # implicit rewards of chosen and rejected
         seen.append(torch.cat([losses[:, None], rewards[:, :2]], dim=1).detach().cpu())
     policy.eval()
-    for group in optimizer.param_groups:
-        done = optimizer.state[group["params"][0]].get("step", torch.zeros(())).item()
-        group["lr"] = config.learning_rate * min(1.0, (done + 1) / (config.warmup_steps + 1))
     norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
@@ -409,8 +408,7 @@ def update(
 
 def is_path(name: str, flag_name: str) -> bool:
     """True for a path (starts with . / ~, or exists), which must exist; False for a hub id."""
-    exists = os.path.exists(os.path.expanduser(name))
-    looks_local = name.startswith((".", "/", "~"))
+    exists, looks_local = os.path.exists(os.path.expanduser(name)), name.startswith((".", "/", "~"))
     require(exists or not looks_local, f"--{flag_name} {name}: nothing there, from {os.getcwd()}")
     return exists
 
@@ -418,7 +416,8 @@ def is_path(name: str, flag_name: str) -> bool:
 def load_pretrained(auto_class: Any, name: str, flag_name: str, **options: Any) -> Any:
     """`from_pretrained` without dropout, remote code or missing weights; a path never asks the hub.
 
-    (A causal model loaded as a reward model gets a random head, and only a warning says so.)
+    (A causal model loaded as a reward model gets a random head, and only a warning says so.) A
+    tokenizer without padding pads with EOS.
     """
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -426,7 +425,9 @@ def load_pretrained(auto_class: Any, name: str, flag_name: str, **options: Any) 
     name = os.path.expanduser(name)
     try:
         if auto_class is transformers.AutoTokenizer:
-            return auto_class.from_pretrained(name, **options)
+            tokenizer = auto_class.from_pretrained(name, **options)
+            tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+            return tokenizer
         settings = transformers.AutoConfig.from_pretrained(name, **options)
         for key in [key for key in vars(settings) if "drop" in key]:
             setattr(settings, key, 0.0)
@@ -443,7 +444,7 @@ def packing_error(model: nn.Module, num_prompt_tokens: int, num_response_tokens:
     """Largest difference of packed and plain outputs, in standard deviations of the outputs.
 
     One padded prompt, two responses, at full length: positions that do not restart, ALiBi, sliding
-    windows and ignored masks all show.
+    windows and ignored masks all show. Infinite if the model does not take packed arguments.
     """
     size, rng = model.get_input_embeddings().num_embeddings, torch.Generator().manual_seed(0)
     prompt = torch.randint(size, (1, num_prompt_tokens), generator=rng)
@@ -455,7 +456,7 @@ def packing_error(model: nn.Module, num_prompt_tokens: int, num_response_tokens:
         try:
             packed = model(**packed_inputs(model, padded, mask, responses))[0][0, padded.shape[1] :]
         except (TypeError, ValueError, RuntimeError, IndexError):
-            return math.inf  # it does not even take the arguments
+            return math.inf
     return ((packed - plain).abs().max() / plain.std()).item()
 
 
@@ -463,34 +464,31 @@ def load_policies(config: Config) -> tuple[Any, Any, Any]:
     """Policy, reference and tokenizer. Both models are float32 and run alike: in another precision,
     or even with requires_grad off (which picks other kernels), log-ratios would not start at 0.
     The reference stays as it is because nothing steps it."""
-    tokenizer = load_pretrained(transformers.AutoTokenizer, config.model, "model")
-    require(tokenizer.eos_token_id is not None, f"--model {config.model} has no EOS token")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    has_template = bool(tokenizer.chat_template)
-    require(has_template or config.chat_template != "on",
-            f"--chat_template on, but --model {config.model} has none")  # fmt: skip
-    lengths, models = (config.max_prompt_length, config.max_new_tokens), []
-    for flag_name in ("model", "ref_model"):
-        name = getattr(config, flag_name)
-        causal_lm = transformers.AutoModelForCausalLM
-        model = load_pretrained(causal_lm, name, flag_name, dtype=torch.float32)
-        context = getattr(model.config, "max_position_embeddings", math.inf)
-        require(
-            sum(lengths) <= context,
-            f"--{flag_name} {name} reads {context} tokens, fewer than --max_prompt_length + "
-            f"--max_new_tokens = {sum(lengths)}",
-        )
-        error = packing_error(model, *lengths)
-        require(error < 1e-3, f"--{flag_name} {name} misreads packed rows, by {error:.2g} sd")
+    tokenizers, models = [], []
+    longest = config.max_prompt_length + config.max_new_tokens
+    for flag_name, name in (("model", config.model), ("ref_model", config.ref_model)):
+        tokenizer = load_pretrained(transformers.AutoTokenizer, name, flag_name)
+        auto_class = transformers.AutoModelForCausalLM
+        model = load_pretrained(auto_class, name, flag_name, dtype=torch.float32)
+        where, context = f"--{flag_name} {name}", getattr(model.config, "max_position_embeddings", 0)
+        require(tokenizer.eos_token_id is not None, f"{where}: its tokenizer has no EOS token")
+        is_short = 0 < context < longest
+        sizes = f"--max_prompt_length + --max_new_tokens = {longest}"
+        require(not is_short, f"{where} reads {context} tokens, fewer than {sizes}")
+        error = packing_error(model, config.max_prompt_length, config.max_new_tokens)
+        require(error < 1e-3, f"{where} misreads packed rows, by {error:.2g} standard deviations")
+        tokenizers.append(tokenizer)
         models.append(model.to(config.device))
     policy, ref_model = models
-    ref_tokenizer = load_pretrained(transformers.AutoTokenizer, config.ref_model, "ref_model")
-    same = ref_tokenizer.get_vocab() == tokenizer.get_vocab()
-    same &= ref_model.config.vocab_size == policy.config.vocab_size
-    require(same, f"--ref_model {config.ref_model} has another vocabulary than --model")
+    vocabularies = [tokenizer.get_vocab() for tokenizer in tokenizers]
+    is_same = vocabularies[0] == vocabularies[1]
+    is_same &= policy.config.vocab_size == ref_model.config.vocab_size
+    require(is_same, f"--ref_model {config.ref_model} has another vocabulary than --model")
+    has_template = tokenizers[0].chat_template or config.chat_template != "on"
+    require(has_template, f"--chat_template on, but --model {config.model} has none")
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
-    return policy, ref_model, tokenizer
+    return policy, ref_model, tokenizers[0]
 
 
 def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
@@ -520,27 +518,29 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
 def tokenise_prompts(columns: dict[str, list], config: Config, tokenizer: Any) -> Batch:
     """Rows of a data set as a `Batch` without responses; rows whose prompt is too long are dropped,
     with a count. The columns are also named "prompt" and, if there is one, "reference"."""
-    where, column = f"--dataset {config.dataset}", config.prompt_column
-    require(column in columns, f"{where} has no --prompt_column {column}, but {', '.join(columns)}")
-    columns["prompt"] = prompts = columns[column]
+    where, wanted = f"--dataset {config.dataset}", config.prompt_column
+    require(wanted in columns, f"{where} has no --prompt_column {wanted}, but {', '.join(columns)}")
+    columns["prompt"] = prompts = columns[wanted]
     if config.reference_column in columns:
         columns["reference"] = columns[config.reference_column]
     for name in {"prompt", "reference"} & columns.keys():
-        empty = [i for i, text in enumerate(columns[name]) if not (text and str(text).strip())]
-        require(not empty, f"{where}: the {name} of row {empty[:1]} is empty")
+        bad = [i for i, text in enumerate(columns[name]) if not (text and str(text).strip())]
+        require(not bad, f"{where}: the {name} of row {bad[:1]} is empty")
     is_chat = config.chat_template != "off" and bool(tokenizer.chat_template)
     if is_chat:
-        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        chats = [[dict(role="user", content=prompt)] for prompt in prompts]
         prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     ids = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"] if prompts else []
-    kept = [i for i, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_length]
-    require(kept, f"{where}: no prompt has at most --max_prompt_length {config.max_prompt_length} tokens")
+    limit = config.max_prompt_length
+    kept = [i for i, tokens in enumerate(ids) if len(tokens) <= limit]
+    require(kept, f"{where} has no prompt of at most --max_prompt_length {limit} tokens")
     if len(kept) < len(ids):
         print(f"{len(ids) - len(kept)} of {len(ids)} prompts are too long and were dropped")
     columns = {name: [values[i] for i in kept] for name, values in columns.items()}
-    padded = tokenizer.pad({"input_ids": [ids[i] for i in kept]}, padding_side="left", return_tensors="pt")
-    nothing = torch.zeros(len(kept), 0, 0, dtype=torch.long)
-    return Batch(columns, padded["input_ids"], padded["attention_mask"], [[]] * len(kept), nothing, nothing)
+    ids = {"input_ids": [ids[i] for i in kept]}
+    padded = tokenizer.pad(ids, padding_side="left", return_tensors="pt")
+    none, texts = torch.zeros(len(kept), 0, 0, dtype=torch.long), [[] for _ in kept]
+    return Batch(columns, padded["input_ids"], padded["attention_mask"], texts, none, none)
 
 
 # ------------------------------------------------------------------ the oracle
@@ -548,7 +548,7 @@ def tokenise_prompts(columns: dict[str, list], config: Config, tokenizer: Any) -
 
 def plain_text(prompt: str, response: str) -> str:
     """What a plain reward model reads: the prompt, a space, the stripped response."""
-    return f"{prompt} {response.strip()}".rstrip() if response.strip() else prompt
+    return f"{prompt} {response.strip()}" if response.strip() else prompt
 
 
 class Oracle:
@@ -560,17 +560,16 @@ class Oracle:
     def __init__(self, config: Config) -> None:
         name, self.config, self.queries = config.reward_model, config, 0
         self.tokenizer = load_pretrained(transformers.AutoTokenizer, name, "reward_model")
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        classifier = transformers.AutoModelForSequenceClassification
+        auto_class = transformers.AutoModelForSequenceClassification
         dtype = torch.bfloat16 if config.device.startswith("cuda") else torch.float32
-        self.model = load_pretrained(classifier, name, "reward_model", dtype=dtype)
+        self.model = load_pretrained(auto_class, name, "reward_model", dtype=dtype)
         require(self.model.config.num_labels == 1, f"--reward_model {name} has several labels")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.to(config.device)
 
     @torch.no_grad()
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
-        """Rewards (B, N) of texts: by the model's chat template if it has one, else as plain_text."""
+        """Rewards (B, N) of texts, by the model's chat template if it has one, else `plain_text`."""
         pairs = [(prompt, y) for prompt, row in zip(prompts, responses) for y in row]
         is_chat = self.config.chat_template != "off" and bool(self.tokenizer.chat_template)
         texts = [plain_text(*pair) for pair in pairs]
@@ -583,8 +582,9 @@ class Oracle:
         options = dict(padding=True, padding_side="right", add_special_tokens=not is_chat)
         for rows in torch.tensor([len(text) for text in texts]).argsort(stable=True).split(64):
             batch = self.tokenizer([texts[i] for i in rows], return_tensors="pt", **options)
-            ids, mask = (batch[key].to(self.model.device) for key in ("input_ids", "attention_mask"))
+            ids, mask = batch["input_ids"], batch["attention_mask"]
             require(ids.shape[1] <= context, f"the oracle reads {context} tokens, not {ids.shape[1]}")
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
             rewards[rows] = self.model(ids, attention_mask=mask).logits[:, 0].float().cpu()
         require(rewards.isfinite().all(), "the oracle's reward is not finite")
         return rewards.view(len(prompts), -1)
@@ -650,12 +650,12 @@ class Run:
 
     def __init__(self, config: Config, oracle: Oracle | None = None) -> None:
         self.config, self.folder = config, Path(config.output_dir).expanduser()
-        self.open_folder()
+        self.check_folder()
         self.policy, self.ref_model, self.tokenizer = load_policies(config)
         self.prompts, self.eval_prompts = load_prompts(config, self.tokenizer)
         self.oracle = oracle or Oracle(config)
         self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0,
+            self.policy.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0,
             fused=config.device.startswith("cuda"),
         )  # fmt: skip
         self.parts = {"policy": self.policy, "optimizer": self.optimizer}  # a script adds its own
@@ -664,37 +664,38 @@ class Run:
         columns = self.eval_prompts.columns
         self.compared_with = "reference" if "reference" in columns else "initial policy"
         self.baseline = [[text] for text in columns.get("reference", [])]
-        self.baseline = self.baseline or self.respond(
-            partial(PackedDecoder, self.policy, num_responses=1), self.eval_prompts, 1,
-            generator(config.seed, "baseline"), temperature=1.0,
-        ).responses  # fmt: skip
+        self.baseline = self.baseline or self.eval_responses(1, "baseline").responses
         self.baseline_rewards = self.oracle.score(columns["prompt"], self.baseline)[:, 0]
 
-    def open_folder(self) -> None:
-        """Refuse a folder that is used, or resumed with other flags; write config.json."""
+    def check_folder(self) -> None:
+        """Refuse a folder that holds a run, unless told to, and a resume with other flags."""
         config, folder, flags = self.config, self.folder, dataclasses.asdict(self.config)
-        names = ("config.json", *self.jsonl, "checkpoint.pt", "model")
-        used = [folder / name for name in names if (folder / name).exists()]
+        require(not folder.exists() or folder.is_dir(), f"--output_dir {folder} is a file")
+        is_used = (folder / "config.json").exists()
         if config.resume:
-            require(folder / "config.json" in used, f"--resume: {folder} holds no run")
+            require(is_used, f"--resume: {folder} holds no run")
             saved = json.loads((folder / "config.json").read_text())["flags"]
-            changed = [name for name in flags if saved.get(name) != flags[name]]
-            changed = ", ".join(f"--{name}" for name in changed if name not in self.may_change)
+            changed = {name for name in flags if saved.get(name) != flags[name]}
+            changed = ", ".join(f"--{name}" for name in sorted(changed.difference(self.may_change)))
             require(not changed, f"--resume: {changed} differ from the run in {folder}")
-        is_free = config.resume or config.overwrite or not used
+        is_free = config.resume or config.overwrite or not is_used
         require(is_free, f"{folder} holds a run: --resume, --overwrite or another --output_dir?")
-        for path in used if config.overwrite else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self) -> None:
+        """Write config.json; continue from the checkpoint if there is one to be resumed, and cut
+        the JSONL files back to it."""
+        config, path = self.config, self.folder / "checkpoint.pt"
+        if config.overwrite:
+            path.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "model", ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
         command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
-        about = dict(flags=flags, versions=versions, git_commit=commit, device=config.device)
-        (folder / "config.json").write_text(json.dumps(about, indent=1))
-
-    def restore(self) -> None:
-        """Continue from the checkpoint if there is one; cut the JSONL files back to it."""
-        path, state = self.folder / "checkpoint.pt", {"counts": {}, "means": {}, "sizes": {}}
+        about = dict(flags=dataclasses.asdict(config), versions=versions, git_commit=commit)
+        about["device"] = config.device
+        (self.folder / "config.json").write_text(json.dumps(about, indent=1))
+        state = {"counts": {}, "means": {}, "sizes": {}}
         if path.exists():
             try:
                 state = torch.load(path, map_location="cpu", weights_only=True)
@@ -756,12 +757,18 @@ class Run:
             numbers = uniforms[rows].to(self.config.device)
             sampled.append(generate(decoder(part), numbers, eos, temperature))
         ids, mask = (torch.cat(parts).cpu() for parts in zip(*sampled))  # (B, N, R)
-        flat = zip(ids.flatten(0, 1), mask.sum(-1).flatten())
-        tokens = [response[:length] for response, length in flat]
+        lengths = mask.sum(-1).flatten().tolist()
+        tokens = [row[:length] for row, length in zip(ids.flatten(0, 1).tolist(), lengths)]
         texts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         texts = [texts[start : start + num] for start in range(0, len(texts), num)]
         full = dataclasses.replace(prompts, responses=texts, response_ids=ids, response_mask=mask)
         return full.select(torch.arange(len(full)))
+
+    def eval_responses(self, num: int, name: str) -> Batch:
+        """Policy samples at temperature 1 for the held-out prompts, from the same numbers always."""
+        rng = generator(self.config.seed, name)
+        decoder = partial(PackedDecoder, self.policy, num_responses=num)
+        return self.respond(decoder, self.eval_prompts, num, rng, temperature=1.0)
 
     def ask(
         self, batch: Batch, first: Tensor, second: Tensor, is_asked: Tensor
@@ -773,21 +780,21 @@ class Run:
         where there is nothing to train on. Logs online_win_rate and online_win_probability: of the
         labelled responses, both of a duel, against the data set's reference, if it has one.
         """
-        duels = [[row[a].strip(), row[b].strip()] for row, a, b in zip(batch.responses, first, second)]
+        trios = zip(batch.responses, first, second)
+        duels = [[texts[a].strip(), texts[b].strip()] for texts, a, b in trios]
         differs = torch.tensor([a != b for a, b in duels])
         is_sent = is_asked & differs
         is_sent &= is_sent.cumsum(0) <= self.config.num_queries - self.oracle.queries
-        sent = is_sent.nonzero()[:, 0]
-        is_dropped = ~differs | (is_asked & ~is_sent)
+        sent, is_dropped = is_sent.nonzero()[:, 0], ~differs | (is_asked & ~is_sent)
         chosen, rejected = first.clone(), torch.where(is_dropped, first, second)
         if len(sent):
-            prompts = [batch.columns["prompt"][i] for i in sent]
-            is_first, rewards = self.oracle.label(prompts, [duels[i] for i in sent])  # (n,), (n, 2)
+            asked = batch.select(sent).columns
+            is_first, rewards = self.oracle.label(asked["prompt"], [duels[i] for i in sent])
             chosen[sent] = torch.where(is_first, first[sent], second[sent])
             rejected[sent] = torch.where(is_first, second[sent], first[sent])
-            if "reference" in batch.columns:
-                references = [[batch.columns["reference"][i]] for i in sent]
-                baseline = self.oracle.score(prompts, references).expand(-1, 2)
+            if "reference" in asked:
+                references = [[text] for text in asked["reference"]]
+                baseline = self.oracle.score(asked["prompt"], references).expand(-1, 2)  # (n, 2)
                 online = win_metrics(rewards.flatten(), baseline.flatten())
                 del online["win_rate_stderr"]
                 self.record(len(sent), {f"online_{name}": value for name, value in online.items()})
@@ -798,46 +805,39 @@ class Run:
         self, batch: Batch, chosen: Tensor, rejected: Tensor, is_model: Tensor, pair_loss: Callable
     ) -> None:
         """Write the round's pairs to preferences.jsonl and take one step of the policy on them."""
-        kept = (chosen != rejected).nonzero()[:, 0]
+        config, kept = self.config, (chosen != rejected).nonzero()[:, 0]
         if not len(kept):
             return
         pairs = batch.select(kept, torch.stack([chosen, rejected], 1)[kept])  # N = 2
         sources = ["model" if model else "oracle" for model in is_model[kept]]
-        rows = zip(pairs.columns["prompt"], pairs.responses, sources)
-        self.write("preferences.jsonl", [
-            dict(round=self.counts["rounds"], prompt=prompt, chosen=y[0], rejected=y[1], source=source)
-            for prompt, y, source in rows
-        ])  # fmt: skip
+        rows = [
+            dict(round=self.counts["rounds"], prompt=x, chosen=y[0], rejected=y[1], source=source)
+            for x, y, source in zip(pairs.columns["prompt"], pairs.responses, sources)
+        ]
+        self.write("preferences.jsonl", rows)
         self.counts["synthetic_pairs"] += sources.count("model")
-        if self.config.learning_rate:
-            ref_logps = frozen_logps(self.ref_model, pairs, self.config)  # (b, 2), once and for all
+        if config.learning_rate:
+            ref_logps = frozen_logps(self.ref_model, pairs, config)  # (b, 2), once and for all
+            self.counts["gradient_steps"] += 1
+            warmth = min(1.0, self.counts["gradient_steps"] / (config.warmup_steps + 1))
+            self.optimizer.param_groups[0]["lr"] = config.learning_rate * warmth
             try:
-                seen = update(self.policy, self.optimizer, pairs, ref_logps, pair_loss, self.config)
+                seen = update(self.policy, self.optimizer, pairs, ref_logps, pair_loss, config)
             except UserError as error:
                 raise UserError(f"round {self.counts['rounds']}: {error}") from error
             self.record(len(pairs), seen)
-            self.counts["gradient_steps"] += 1
         self.lap("update")
 
     def evaluate(self) -> tuple[dict[str, Any], list[dict]]:
-        """Metrics of one temperature-1 response to each held-out prompt, from the same random
-        numbers at each evaluation; and the responses."""
-        rng, decoder = generator(self.config.seed, "evaluation"), partial(PackedDecoder, self.policy)
-        decoder = partial(decoder, num_responses=1)
-        batch = self.respond(decoder, self.eval_prompts, 1, rng, temperature=1.0)
-        columns = batch.columns
+        """Metrics of one response to each held-out prompt, and the responses."""
+        batch = self.eval_responses(1, "evaluation")
+        columns, models = batch.columns, (self.policy, self.ref_model)
         rewards = self.oracle.score(columns["prompt"], batch.responses)[:, 0]
-        logps, ref_logps = (
-            frozen_logps(model, batch, self.config) for model in (self.policy, self.ref_model)
-        )
+        logps, ref_logps = (frozen_logps(model, batch, self.config) for model in models)
         reward, kl = rewards.double().mean().item(), (logps - ref_logps).double().mean().item()
-        metrics = win_metrics(rewards, self.baseline_rewards) | {
-            "compared_with": self.compared_with,
-            "reward": reward,
-            "kl": kl,  # nats a response, to --ref_model
-            "objective": reward - self.config.beta * kl,
-            "length": batch.response_mask.sum(-1).double().mean().item(),  # tokens
-        }
+        metrics = {"compared_with": self.compared_with} | win_metrics(rewards, self.baseline_rewards)
+        metrics |= {"reward": reward, "kl": kl, "objective": reward - self.config.beta * kl}
+        metrics["length"] = batch.response_mask.sum(-1).double().mean().item()
         rows = zip(columns["prompt"], self.baseline, batch.responses, rewards.tolist())
         samples = [dict(prompt=x, baseline=z[0], response=y[0], reward=r) for x, z, y, r in rows]
         if {"facts", "wrong_facts"} <= columns.keys():
@@ -860,9 +860,8 @@ class Run:
             for sample in samples[:2]:
                 tqdm.write(f"{sample['prompt']}\n  {self.compared_with}: {sample['baseline']}\n")
             tqdm.write("  ".join(("queries", *(f"{name:>6}" for name in self.table))))
-        cells = [f"{row[name]:.3f}" if name in row else "" for name in self.table]
-        widths = [max(len(name), 6) for name in self.table]
-        cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths)]
+        cells = [(f"{row[name]:.3f}" if name in row else "", name) for name in self.table]
+        cells = [f"{cell:>{max(len(name), 6)}}" for cell, name in cells]
         tqdm.write("  ".join((f"{row['queries']:7d}", *cells)))
         for sample in samples[:2]:
             tqdm.write(f"  [{sample['reward']:5.2f}] {sample['response'].strip()}")
@@ -872,7 +871,7 @@ class Run:
     def rounds(self, more_metrics: Callable[[], dict[str, Any]] = dict) -> Iterator[int]:
         """Number the rounds until the budget of labels is spent. Between them: evaluate when
         --eval_every more labels have been trained on, log, save; at the end write the model."""
-        self.restore()
+        self.start()
         config, counts, oracle = self.config, self.counts, self.oracle
         bar = tqdm(total=config.num_queries, initial=oracle.queries, unit="label", mininterval=1)
         is_main_thread = threading.current_thread() is threading.main_thread()

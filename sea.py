@@ -1,43 +1,42 @@
 """SEA: sample-efficient alignment by Thompson sampling, arXiv:2411.01493v2.
 
-An annotator's labels are dear, so which pair of responses should be compared next? SEA keeps an
-ensemble of small reward heads, the *epistemic reward model* (ERM): where its heads disagree, a label
-teaches most. Each round it lets a random head choose the first response, the heads' disagreement
-the second, asks the oracle, and trains both the heads and, by a DPO-like loss, the policy. The heads
-also label pairs themselves, which costs no label (the paper's Algorithm 2):
+Labels are dear, so which two responses should the annotator compare next? SEA keeps an ensemble of
+reward heads, the *epistemic reward model* (ERM): where its heads disagree, a label teaches most. A
+random head picks one response, the heads' disagreement the other; the oracle's answer trains the
+heads and, through a DPO-like loss, the policy. The heads also label pairs of their own, which cost
+nothing. Algorithm 2 of the paper, each round:
 
   1. receive B `prompts`
-  2. draw M candidates a prompt from the `policy` (--num_candidates)
-  3. `first`  = the best candidate under a random head, drawn per prompt
-  4. `second` = bai: the candidate whose duel with `first` the heads disagree on most;
-                ee:  the best candidate under another head (redrawn until it differs)
-  5. with probability gamma ask the oracle which is better, and keep the duel in D; otherwise a
-     random head picks and labels its own best and worst candidate (`is_synthetic`, not kept in D)
-  6. train the heads on D: 5 steps on random minibatches
-  7. train the policy on all pairs of the round: one step
+  2. draw M candidates (--num_candidates) to each from the policy
+  3. `first`: the best candidate under a random head, one drawn per prompt
+  4. `second`: bai, the candidate on whose duel with `first` the heads disagree most;
+               ee, the best candidate under a redrawn head, until it differs from `first`
+  5. with probability gamma ask the oracle and add the duel to D; else a random head takes and
+     labels its own best and worst candidate (`is_synthetic`), which never enters D
+  6. train the heads on D, 5 minibatches
+  7. train the policy on all pairs of the round, 1 step
 
-Differences from the paper: a constant learning rate instead of the cosine; temperature 1 and sampled
-evaluation instead of 0.7 and greedy; noisy labels by default (--labels argmax: the paper's
-experiments); burn-in of 256 labels instead of 1,000; the ensemble's anchor is squared, positive and
-scaled so that it acts (the paper's Eq. 8 has it unsquared with a minus sign).
-Differences from the released code (sail-sg/oat v0.0.4), which 1. labels synthetic pairs by the oracle
-without counting them (--synthetic_labels oracle, here counted) and trains the heads on them; 2. takes
-the variance of raw reward differences (--bai_variance logit); 3. draws one head for 32 prompts; 4. has
-an anchor 280 times weaker than Adam's weight decay (--anchor released); 5. counts duels of identical
-texts (here candidates are distinct texts); 6. ranks APL's prompts by lowest entropy.
+Differences from the paper: constant learning rate, not cosine; temperature 1 and sampled evaluation,
+not 0.7 and greedy; noisy labels (--labels argmax: the paper's experiments); burn-in of 256 labels,
+not 1,000; Eq. 8's anchor squared, with a plus sign, and scaled so that it acts.
+Differences from the released code (sail-sg/oat v0.0.4): it 1. labels synthetic pairs by the oracle,
+uncounted (--synthetic_labels oracle counts them), and trains the heads on them; 2. takes the variance
+of raw reward gaps (--bai_variance logit); 3. draws one head for 32 prompts; 4. has an anchor 280
+times weaker than its weight decay, so that heads overfit instead of disagreeing where there is no
+data (--anchor released); 5. counts duels of equal texts; 6. ranks APL's prompts by lowest entropy.
 
-The paper's variants 1-7: 1 --explore passive; 2 --gamma 1; 3 the default; 4 --explore passive
---best_of_n 10; 5 --gamma 1 --best_of_n 10; 6 --best_of_n 10; 7 --gamma 1 --offline --learning_rate 0
---best_of_n 10. Baselines: --explore passive [--offline] [--loss ipo|slic], --explore apl.
+The paper's variants: 1 --explore passive; 2 --gamma 1; 3 the default; 4 --explore passive --best_of_n
+10; 5 --gamma 1 --best_of_n 10; 6 --best_of_n 10; 7 --gamma 1 --offline --learning_rate 0 --best_of_n
+10. Its baselines: --explore passive, --explore passive --offline, --explore apl; --loss ipo or slic.
 
-    python sea.py                                      # two CPU cores, offline, minutes
-    python sea.py --model trl-lib/pythia-1b-deduped-tldr-sft --dataset trl-lib/tldr ...  # README
+    python sea.py         # two CPU cores, offline, MINUTES; README: Pythia-1b on a GPU
 
-Shapes: B prompts, N candidates a prompt, E heads, D features; see also common.py.
+Shapes: B prompts, N candidates a prompt, E heads, D features; common.py has the others.
 """
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +59,7 @@ class Config(common.Config):
         "bai", "how duels are chosen: SEA for paid labels, SEA for users, or a baseline"
     )
     num_candidates: int | None = flag(None, "M, responses a prompt (20; apl 8; passive 2)")
-    num_heads: int | None = flag(None, "K, heads of the ensemble (20; passive without best-of-N: 0)")
+    num_heads: int | None = flag(None, "K, heads of the ensemble (20; baselines 0)")
     gamma: float | None = flag(None, "share of prompts that go to the oracle (0.7; baselines 1)")
     burn_in: int = flag(256, "labels before the first synthetic pair (paper 1000)")
     prior_std: float = flag(1.0, "disagreement of the untrained heads, in logits")
@@ -89,30 +88,17 @@ class Config(common.Config):
         why = f"contradicts --explore {self.explore}"
         require(self.gamma <= 1, f"--gamma must be at most 1, not {self.gamma}")
         require(self.gamma == 1 or not is_baseline, f"--gamma {self.gamma} {why}")
-        require(self.num_candidates >= 2, "--num_candidates must be at least 2")
-        require(
-            self.explore != "passive" or self.num_candidates == 2,
-            f"--num_candidates {self.num_candidates} {why}: passive compares two samples",
-        )
-        require(
-            self.num_heads >= 2 if has_ensemble else self.num_heads == 0,
-            f"--num_heads {self.num_heads} {why}" + " without --best_of_n" * (not has_ensemble),
-        )
+        is_pair = self.num_candidates == 2
+        is_right = is_pair if self.explore == "passive" else self.num_candidates >= 2
+        require(is_right, f"--num_candidates {self.num_candidates} {why}")
+        is_right = self.num_heads >= 2 if has_ensemble else self.num_heads == 0
+        require(is_right, f"--num_heads {self.num_heads} {why} --best_of_n {self.best_of_n}")
         require(self.best_of_n != 1, "--best_of_n must be 0 or at least 2")
-        require(
-            self.anchor == "released" or is_strength(self.anchor),
-            f"--anchor must be a number of at least 0 or 'released', not {self.anchor!r}",
-        )
+        is_right = re.fullmatch(r"released|\d+(\.\d*)?(e-?\d+)?", self.anchor)
+        require(is_right, f"--anchor must be a number from 0 or 'released', not {self.anchor!r}")
         require(self.explore != "apl" or self.loss == "dpo", "--explore apl needs --loss dpo")
         arm = self.explore + "-offline" * self.offline + f"-{self.loss}" * (self.loss != "dpo")
         self.output_dir = self.output_dir or f"runs/sea-{arm}-{self.seed}"
-
-
-def is_strength(text: str) -> bool:
-    try:
-        return 0 <= float(text) < math.inf
-    except ValueError:
-        return False
 
 
 # ------------------------------------------------------------------ the epistemic reward model
@@ -156,13 +142,6 @@ class EpistemicRewardModel(nn.Module):
         for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             hidden = torch.baddbmm(bias, hidden.relu() if layer else hidden, weight)
         return hidden.view(-1, *features.shape[:2])  # (E, B N, 1) -> (E, B, N)
-
-    @torch.no_grad()
-    def rewards(self, features: Tensor, is_first_round: bool) -> Tensor:
-        """`forward` without a gradient, on the CPU; calibrates the heads in the first round."""
-        if is_first_round:
-            self.calibrate(features)
-        return self(features).cpu()
 
     @torch.no_grad()
     def calibrate(self, features: Tensor) -> None:
@@ -235,21 +214,15 @@ def plain_features(backbone: nn.Module, tokenizer: Any, batch: Batch) -> Tensor:
 
 def retokenise(batch: Batch, tokenizer: Any) -> Batch:
     """The batch's texts in the tokens of another model; an empty response is read as one EOS."""
-    prompts = tokenizer(
-        batch.columns["prompt"], padding=True, padding_side="left", return_tensors="pt"
-    )
+    options = dict(padding=True, return_tensors="pt")
+    prompts = tokenizer(batch.columns["prompt"], padding_side="left", **options)
     texts = [f" {y.strip()}" if y.strip() else tokenizer.eos_token for y in sum(batch.responses, [])]
-    tokens = tokenizer(
-        texts, padding=True, padding_side="right", add_special_tokens=False, return_tensors="pt"
-    )
-    ids, mask = (tokens[key].unflatten(0, (len(batch), -1)) for key in ("input_ids", "attention_mask"))
+    options |= dict(padding_side="right", add_special_tokens=False)
+    responses = {key: ids.unflatten(0, (len(batch), -1)) for key, ids in tokenizer(texts, **options).items()}
     return dataclasses.replace(
-        batch,
-        prompt_ids=prompts["input_ids"],
-        prompt_mask=prompts["attention_mask"],
-        response_ids=ids,
-        response_mask=mask,
-    )
+        batch, prompt_ids=prompts["input_ids"], prompt_mask=prompts["attention_mask"],
+        response_ids=responses["input_ids"], response_mask=responses["attention_mask"],
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------ which pair to compare
@@ -322,30 +295,30 @@ def keep_uncertain(batch: Batch, run: common.Run, num_kept: int) -> tuple[Batch,
 
 
 def choose_duels(
-    config: Config, batch: Batch, rewards: Tensor, is_synthetic: Tensor, rng: torch.Generator
+    config: Config, batch: Batch, rewards: Tensor | None, is_synthetic: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Steps 3 and 4: two candidate numbers a prompt and whether the draw clashed, each (B,).
 
     Rewards (E, B, N) are the ensemble's (apl: implicit rewards, E = 1; passive: not looked at).
     A synthetic pair is a random head's best and worst candidate, in this order.
     """
-    num_heads, rows = len(rewards), torch.arange(len(batch))
-    is_distinct, is_clash = common.distinct(batch.responses), torch.zeros(len(batch)).bool()
-    heads = torch.randint(num_heads, (len(batch),), generator=rng)  # per prompt
+    rows, is_clash = torch.arange(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
+    if config.explore == "passive":
+        return torch.zeros_like(rows), torch.ones_like(rows), is_clash
+    num_heads, is_distinct = len(rewards), common.distinct(batch.responses)
+    heads = torch.randint(num_heads, (len(batch),), generator=rng)  # one per prompt
     redraws = torch.randint(num_heads, (num_heads, len(batch)), generator=rng)
     best, worst = widest_pair(rewards[heads, rows], is_distinct)
-    if config.explore == "passive":
-        first, second = torch.zeros_like(rows), torch.ones_like(rows)
-    elif config.explore == "apl":
-        first, second = best, worst
-    elif config.explore == "uncertainty":
+    if config.explore == "apl":
+        return best, worst, is_clash
+    if config.explore == "uncertainty":
         first, second = most_uncertain_pair(rewards, is_distinct)
     else:
         first = thompson_first(rewards, heads, is_distinct)
-        if config.explore == "bai":
-            second = second_bai(rewards, first, is_distinct, config.bai_variance)
-        else:
-            second, is_clash = second_ee(rewards, first, heads, redraws, is_distinct)
+    if config.explore == "bai":
+        second = second_bai(rewards, first, is_distinct, config.bai_variance)
+    if config.explore == "ee":
+        second, is_clash = second_ee(rewards, first, heads, redraws, is_distinct)
     first, second = torch.where(is_synthetic, best, first), torch.where(is_synthetic, worst, second)
     return first, second, is_clash & ~is_synthetic
 
@@ -374,7 +347,6 @@ def load_ensemble(config: Config, run: common.Run) -> tuple[EpistemicRewardModel
             common.load_pretrained(auto_class, config.erm_backbone, "erm_backbone")
             for auto_class in (transformers.AutoTokenizer, transformers.AutoModel)
         )
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         backbone.to(config.device)
     is_packed = tokenizer is None or common.packing_error(backbone, 32, 8) < 1e-3
 
@@ -400,9 +372,7 @@ def best_of_n(config: Config, run: common.Run, ensemble: Any, read: Callable) ->
     """Best of N policy samples by the mean head: win_rate and reward on the held-out prompts."""
     if not config.best_of_n:
         return {}
-    decoder = partial(PackedDecoder, run.policy, num_responses=config.best_of_n)
-    rng = generator(config.seed, "best of n")
-    batch = run.respond(decoder, run.eval_prompts, config.best_of_n, rng, temperature=1.0)
+    batch = run.eval_responses(config.best_of_n, "best of n")
     mean_rewards = ensemble(read(batch)).mean(0).cpu()  # (E, B, N) -> (B, N)
     texts = [[row[n]] for row, n in zip(batch.responses, mean_rewards.argmax(-1), strict=True)]
     rewards = run.oracle.score(batch.columns["prompt"], texts)[:, 0]
@@ -432,22 +402,24 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
         run.counts.update(candidates=num_drawn, decoder_streams=num_drawn)
         run.lap("generate")
         # 3, 4. Choose a duel a prompt; the heads choose some pairs for themselves.
-        rewards = torch.zeros(1, len(batch), config.num_candidates)
         if config.explore == "apl":
-            batch, rewards = keep_uncertain(batch, run, config.batch_size)
-        if ensemble is not None:
+            batch, implicit_rewards = keep_uncertain(batch, run, config.batch_size)
+        if ensemble:
             features = read_features(batch)
-            rewards = ensemble.rewards(features, is_first_round=number == 0)
+            if number == 0:
+                ensemble.calibrate(features)
+            rewards = ensemble(features).detach().cpu()  # (E, B, N)
+        judges = implicit_rewards if config.explore == "apl" else rewards if ensemble else None
         is_mixed = run.oracle.queries >= config.burn_in
         is_synthetic = is_mixed & (torch.rand(len(batch), generator=rng) >= config.gamma)
-        first, second, is_clash = choose_duels(config, batch, rewards, is_synthetic, rng)
+        first, second, is_clash = choose_duels(config, batch, judges, is_synthetic, rng)
         run.counts["clashes"] += int(is_clash.sum())
         run.lap("select")
         # 5. Ask the oracle about the duels of distinct texts; synthetic pairs are labelled already.
         is_model = is_synthetic & (config.synthetic_labels == "model")
         asked, chosen, rejected = run.ask(batch, first, second, ~is_model)
         # 6. Train the heads on D, to which duels that the oracle labelled are added, and no others.
-        if ensemble is not None:
+        if ensemble:
             run.record(*head_metrics(rewards, asked, chosen, rejected))
             ensemble.fit(features[asked[:, None], torch.stack([chosen, rejected], 1)[asked]], rng)
             run.lap("ensemble")

@@ -540,6 +540,15 @@ def test_where_packing_error_is_small_many_responses_are_right_too(family: str, 
         assert ids[b, n].tolist() == plain_response(model, prompt, numbers, 300, nothing, 1.0)
 
 
+def test_packing_error_shows_positions_that_count_padding(monkeypatch) -> None:
+    def layout(prompt_mask: Tensor, *args) -> tuple[Tensor, Tensor]:
+        mask, positions = packed_layout(prompt_mask, *args)
+        return mask, positions + (prompt_mask == 0).sum(1, keepdim=True)
+
+    monkeypatch.setattr(common, "packed_layout", layout)
+    assert packing_error(random_model("gpt2", **GPT2_SIZES), 20, 8) > 0.01
+
+
 def test_a_random_model_of_other_weights_is_told_apart(model, batch) -> None:
     other = make_model(CAUSAL, model.config.model_type, seed=9)
     assert not torch.allclose(token_logps(model, batch), token_logps(other, batch), atol=0.1)

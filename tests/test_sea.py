@@ -338,15 +338,13 @@ def test_features_are_standardised_by_the_first_rounds_statistics_for_good() -> 
     rng = generator(0)
     features = torch.randn(16, 4, 6, generator=rng) * 40 - 7
     ensemble, twin = (make_ensemble(6, 16) for _ in range(2))
-    rewards = ensemble.rewards(features, is_first_round=True)
     flat = features.flatten(0, 1)
-    same = twin.rewards((features - flat.mean(0)) / flat.std(0), is_first_round=True)
-    torch.testing.assert_close(rewards, same, rtol=1e-3, atol=1e-3)
+    ensemble.calibrate(features)
+    twin.calibrate((features - flat.mean(0)) / flat.std(0))
     later = torch.randn(16, 4, 6, generator=rng) * 3
-    same = twin.rewards((later - flat.mean(0)) / flat.std(0), is_first_round=False)
-    rewards = ensemble.rewards(later, is_first_round=False)
-    torch.testing.assert_close(rewards, same, rtol=1e-3, atol=1e-3)
-    assert not rewards.requires_grad
+    for seen in (features, later):
+        same = twin((seen - flat.mean(0)) / flat.std(0))
+        torch.testing.assert_close(ensemble(seen), same, rtol=1e-3, atol=1e-3)
 
 
 @torch.no_grad()
@@ -354,20 +352,20 @@ def test_a_feature_that_never_varies_in_the_first_round_does_not_swamp_the_other
     ensemble, rng = make_ensemble(6, 16), generator(0)
     features = torch.randn(16, 4, 6, generator=rng)
     features[..., 2] = 1.0
-    assert ensemble.rewards(features, is_first_round=True).isfinite().all()
+    ensemble.calibrate(features)
+    assert ensemble(features).isfinite().all()
     later = features.clone()
     later[..., 2] += 0.0078  # one step of bfloat16
-    change = ensemble.rewards(later, False) - ensemble.rewards(features, False)
-    assert change.abs().max() < 1
+    assert (ensemble(later) - ensemble(features)).abs().max() < 1
 
 
 def test_the_released_settings_neither_standardise_nor_scale() -> None:
     ensemble = make_ensemble(6, 16, anchor="released")
     before, features = parameters(ensemble), torch.randn(8, 4, 6, generator=generator(0)) * 9
     expected = ensemble(features)
-    rewards = ensemble.rewards(features, is_first_round=True)
+    ensemble.calibrate(features)
     assert all(torch.equal(a, b) for a, b in zip(before, parameters(ensemble)))
-    torch.testing.assert_close(rewards, expected.detach())
+    assert torch.equal(ensemble(features), expected)
 
 
 def fit_loss(ensemble: EpistemicRewardModel, pairs: Tensor) -> list[list[float]]:
@@ -479,12 +477,12 @@ def test_the_released_settings_wait_for_128_pairs_and_decay_weights() -> None:
 
 def test_a_checkpoint_of_the_ensemble_holds_its_scales_its_start_and_its_data() -> None:
     ensemble, features = make_ensemble(4, 8), torch.randn(8, 3, 4, generator=generator(0)) * 5
-    ensemble.rewards(features, is_first_round=True)
+    ensemble.calibrate(features)
     ensemble.fit(features[:, :2], generator(1))
     twin = make_ensemble(4, 8, seed=9)
     twin.load_state_dict(copy.deepcopy(ensemble.state_dict()))
     twin.optimizer.load_state_dict(copy.deepcopy(ensemble.optimizer.state_dict()))
-    assert torch.equal(twin.rewards(features, False), ensemble.rewards(features, False))
+    assert torch.equal(twin(features), ensemble(features))
     for model in (twin, ensemble):
         model.fit(features[:, 1:], generator(2))
     assert all(torch.equal(a, b) for a, b in zip(parameters(twin), parameters(ensemble)))
@@ -559,7 +557,9 @@ def last_third_regret(seed: int, is_random: bool) -> float:
         oracle_rewards, coins = features @ weight, torch.rand(16, generator=world)
         first, second = torch.rand(16, 20, generator=rng).topk(2).indices.T
         if not is_random:
-            rewards = ensemble.rewards(features, is_first_round=number == 0)
+            if number == 0:
+                ensemble.calibrate(features)
+            rewards = ensemble(features).detach()
             first, second, _ = choose_duels(config, batch, rewards, torch.zeros(16).bool(), rng)
         won, lost = oracle_rewards[rows, first], oracle_rewards[rows, second]
         regrets.append((oracle_rewards.max(-1).values - (won + lost) / 2).mean().item())
