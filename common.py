@@ -208,8 +208,8 @@ def packed_layout(
     is_past = place <= place[queries, None]  # (Q, S)
     itself = torch.eye(len(owner), dtype=torch.bool, device=owner.device)[queries]  # for padding
     is_visible = (is_mine & is_past & is_real[:, None]) | itself  # (B, Q, S)
-    mask = torch.zeros(is_visible.shape, dtype=dtype, device=owner.device)
-    mask.masked_fill_(~is_visible, torch.finfo(torch.bfloat16).min)  # finite in every precision
+    hidden = torch.tensor(torch.finfo(torch.bfloat16).min, dtype=dtype, device=owner.device)
+    mask = torch.where(is_visible, torch.zeros_like(hidden), hidden)  # finite in every precision
     prompt_positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
     response_positions = prompt_mask.sum(1, keepdim=True) + step  # (B, L)
     return mask[:, None], torch.cat([prompt_positions, response_positions], dim=1)
@@ -381,7 +381,7 @@ def update(
 ) -> dict[str, float]:
     """One step on the mean over pairs of `pair_loss(logps, ref_logps, mask)`; what it saw.
 
-    Micro-batches sum to the same gradient. UserError, before a weight moves, if a loss is not
+    Micro-batches sum to the same gradient. UserError, before a weight moves, if a number is not
     finite. Train mode because gradient checkpointing is silently off in eval mode.
     """
     policy.train()
@@ -397,6 +397,7 @@ def update(
         seen.append(torch.cat([losses[:, None], rewards[:, :2]], dim=1).detach().cpu())
     policy.eval()
     norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+    require(norm.isfinite(), "the gradient is not finite, though the loss is")
     optimizer.step()
     optimizer.zero_grad()
     means = torch.cat(seen).mean(0).tolist() + [norm.item()]
@@ -470,7 +471,8 @@ def load_policies(config: Config) -> tuple[Any, Any, Any]:
         tokenizer = load_pretrained(transformers.AutoTokenizer, name, flag_name)
         auto_class = transformers.AutoModelForCausalLM
         model = load_pretrained(auto_class, name, flag_name, dtype=torch.float32)
-        where, context = f"--{flag_name} {name}", getattr(model.config, "max_position_embeddings", 0)
+        context = getattr(model.config, "max_position_embeddings", 0)
+        where = f"--{flag_name} {name}"
         require(tokenizer.eos_token_id is not None, f"{where}: its tokenizer has no EOS token")
         is_short = 0 < context < longest
         sizes = f"--max_prompt_length + --max_new_tokens = {longest}"
@@ -569,7 +571,7 @@ class Oracle:
 
     @torch.no_grad()
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
-        """Rewards (B, N) of texts, by the model's chat template if it has one, else `plain_text`."""
+        """Rewards (B, N) of texts, by the model's chat template if it has one."""
         pairs = [(prompt, y) for prompt, row in zip(prompts, responses) for y in row]
         is_chat = self.config.chat_template != "off" and bool(self.tokenizer.chat_template)
         texts = [plain_text(*pair) for pair in pairs]
@@ -583,7 +585,8 @@ class Oracle:
         for rows in torch.tensor([len(text) for text in texts]).argsort(stable=True).split(64):
             batch = self.tokenizer([texts[i] for i in rows], return_tensors="pt", **options)
             ids, mask = batch["input_ids"], batch["attention_mask"]
-            require(ids.shape[1] <= context, f"the oracle reads {context} tokens, not {ids.shape[1]}")
+            length = ids.shape[1]
+            require(length <= context, f"the oracle reads {context} tokens, not {length}")
             ids, mask = ids.to(self.model.device), mask.to(self.model.device)
             rewards[rows] = self.model(ids, attention_mask=mask).logits[:, 0].float().cpu()
         require(rewards.isfinite().all(), "the oracle's reward is not finite")
@@ -765,7 +768,7 @@ class Run:
         return full.select(torch.arange(len(full)))
 
     def eval_responses(self, num: int, name: str) -> Batch:
-        """Policy samples at temperature 1 for the held-out prompts, from the same numbers always."""
+        """Policy samples at temperature 1 for the held-out prompts, by one stream."""
         rng = generator(self.config.seed, name)
         decoder = partial(PackedDecoder, self.policy, num_responses=num)
         return self.respond(decoder, self.eval_prompts, num, rng, temperature=1.0)
@@ -835,7 +838,8 @@ class Run:
         rewards = self.oracle.score(columns["prompt"], batch.responses)[:, 0]
         logps, ref_logps = (frozen_logps(model, batch, self.config) for model in models)
         reward, kl = rewards.double().mean().item(), (logps - ref_logps).double().mean().item()
-        metrics = {"compared_with": self.compared_with} | win_metrics(rewards, self.baseline_rewards)
+        metrics = win_metrics(rewards, self.baseline_rewards)
+        metrics["compared_with"] = self.compared_with
         metrics |= {"reward": reward, "kl": kl, "objective": reward - self.config.beta * kl}
         metrics["length"] = batch.response_mask.sum(-1).double().mean().item()
         rows = zip(columns["prompt"], self.baseline, batch.responses, rewards.tolist())
@@ -851,7 +855,8 @@ class Run:
         metrics, samples = self.evaluate()
         self.lap("evaluation")
         means = {name: total / weight for name, (total, weight) in sorted(self.means.items())}
-        queries, counts = {"queries": self.oracle.queries}, {n: self.counts[n] for n in self.counted}
+        queries = {"queries": self.oracle.queries}
+        counts = {name: self.counts[name] for name in self.counted}
         row = queries | counts | metrics | means | more
         self.write("metrics.jsonl", [row])
         self.write("samples.jsonl", [queries | sample for sample in samples])

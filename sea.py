@@ -16,18 +16,18 @@ nothing. Algorithm 2 of the paper, each round:
   6. train the heads on D, 5 minibatches
   7. train the policy on all pairs of the round, 1 step
 
-Differences from the paper: constant learning rate, not cosine; temperature 1 and sampled evaluation,
-not 0.7 and greedy; noisy labels (--labels argmax: the paper's experiments); burn-in of 256 labels,
-not 1,000; Eq. 8's anchor squared, with a plus sign, and scaled so that it acts.
-Differences from the released code (sail-sg/oat v0.0.4): it 1. labels synthetic pairs by the oracle,
-uncounted (--synthetic_labels oracle counts them), and trains the heads on them; 2. takes the variance
-of raw reward gaps (--bai_variance logit); 3. draws one head for 32 prompts; 4. has an anchor 280
-times weaker than its weight decay, so that heads overfit instead of disagreeing where there is no
-data (--anchor released); 5. counts duels of equal texts; 6. ranks APL's prompts by lowest entropy.
+Differences from the paper: 1. a constant learning rate, not a cosine; 2. temperature 1 and sampled
+evaluation, not 0.7 and greedy; 3. noisy labels (its experiments: --labels argmax); 4. a burn-in of
+256 labels, not 1,000; 5. Eq. 8's anchor squared, with a plus sign, and scaled so that it acts.
+Differences from the released code (sail-sg/oat v0.0.4): it 1. has the oracle label synthetic pairs,
+uncounted, and trains the heads on them (--synthetic_labels oracle, counted here); 2. takes the
+variance of raw reward gaps (--bai_variance logit); 3. draws one head for 32 prompts; 4. has an
+anchor 280 times weaker than its weight decay, so that heads overfit instead of disagreeing where
+there is no data (--anchor released); 5. counts duels of equal texts; 6. ranks APL's prompts by lowest entropy.
 
-The paper's variants: 1 --explore passive; 2 --gamma 1; 3 the default; 4 --explore passive --best_of_n
-10; 5 --gamma 1 --best_of_n 10; 6 --best_of_n 10; 7 --gamma 1 --offline --learning_rate 0 --best_of_n
-10. Its baselines: --explore passive, --explore passive --offline, --explore apl; --loss ipo or slic.
+The paper's variants 1-7: 1 --explore passive; 2 --gamma 1; 3 the default; 4 --explore passive
+--best_of_n 10; 5 --gamma 1 --best_of_n 10; 6 --best_of_n 10; 7 --gamma 1 --offline --best_of_n 10
+--learning_rate 0. Its baselines: --explore passive (--offline; --loss ipo or slic), --explore apl.
 
     python sea.py         # two CPU cores, offline, MINUTES; README: Pythia-1b on a GPU
 
@@ -151,7 +151,8 @@ class EpistemicRewardModel(nn.Module):
         if not self.is_released:
             flat = features.flatten(0, 1)
             self.mean.copy_(flat.mean(0))
-            self.std.copy_(flat.std(0).clamp(min=1e-6))
+            std = flat.std(0)  # a dimension that does not vary yet gets the usual scale
+            self.std.copy_(torch.where(std > 1e-3 * std.mean(), std, std.mean()))
             gaps = self(features).diff(dim=-1)  # (E, B, N - 1)
             scale = self.prior_std / gaps.var(0).mean().sqrt().clamp(min=1e-6)
             for tensor in (self.weights[-1], self.start[len(self.weights) - 1], self.sigmas[-1]):
@@ -216,13 +217,17 @@ def retokenise(batch: Batch, tokenizer: Any) -> Batch:
     """The batch's texts in the tokens of another model; an empty response is read as one EOS."""
     options = dict(padding=True, return_tensors="pt")
     prompts = tokenizer(batch.columns["prompt"], padding_side="left", **options)
-    texts = [f" {y.strip()}" if y.strip() else tokenizer.eos_token for y in sum(batch.responses, [])]
-    options |= dict(padding_side="right", add_special_tokens=False)
-    responses = {key: ids.unflatten(0, (len(batch), -1)) for key, ids in tokenizer(texts, **options).items()}
+    texts = [y.strip() for row in batch.responses for y in row]
+    texts = [f" {text}" if text else tokenizer.eos_token for text in texts]
+    responses = tokenizer(texts, padding_side="right", add_special_tokens=False, **options)
+    shape = (len(batch), -1, responses["input_ids"].shape[1])  # (B, N, R)
     return dataclasses.replace(
-        batch, prompt_ids=prompts["input_ids"], prompt_mask=prompts["attention_mask"],
-        response_ids=responses["input_ids"], response_mask=responses["attention_mask"],
-    )  # fmt: skip
+        batch,
+        prompt_ids=prompts["input_ids"],
+        prompt_mask=prompts["attention_mask"],
+        response_ids=responses["input_ids"].view(shape),
+        response_mask=responses["attention_mask"].view(shape),
+    )
 
 
 # ------------------------------------------------------------------ which pair to compare

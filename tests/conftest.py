@@ -59,7 +59,8 @@ def model(request):
 def folder(tmp_path_factory) -> Path:
     """A data set with a policy, a reward model, and an encoder, as --model and so on take them."""
     root = tmp_path_factory.mktemp("world")
-    causal, classifier = transformers.AutoModelForCausalLM, transformers.AutoModelForSequenceClassification
+    causal = transformers.AutoModelForCausalLM
+    classifier = transformers.AutoModelForSequenceClassification
     make_model(causal, "gpt_neox", 1).save_pretrained(root / "sft")
     for name, seed in (("reward_model", 2), ("erm_backbone", 3)):
         options = dict(num_labels=1, pad_token_id=0)

@@ -93,7 +93,8 @@ def test_packed_logits_equal_plain_ones_to_1e_10_in_float64(model, batch) -> Non
 
 
 def test_gradients_of_a_loss_equal_the_plain_ones_for_every_parameter(model, batch) -> None:
-    pairs, ref_logps = batch.select(torch.arange(3), torch.tensor([[0, 1]] * 3)), torch.randn(3, 2)
+    pairs = batch.select(torch.arange(3), torch.tensor([[0, 1]] * 3))
+    ref_logps = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     packed = dpo(response_logps(model, pairs), ref_logps, 0.1).mean()
     plain = dpo(plain_token_logps(model, pairs).sum(-1), ref_logps, 0.1).mean()
     assert_same_gradients(model, packed, plain, tolerance=1e-4)
@@ -388,7 +389,7 @@ def pair_loss(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
 def sgd_step(model: nn.Module, pairs: Batch, ref_logps: Tensor, **flags) -> tuple[dict, dict]:
     """What `update` reports, and by how much each weight of a copy of the model moved."""
     policy = copy.deepcopy(model)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
     seen = update(policy, optimizer, pairs, ref_logps, pair_loss, Config(**flags))
     before = dict(model.named_parameters())
     return seen, {name: p.detach() - before[name] for name, p in policy.named_parameters()}
@@ -400,13 +401,13 @@ def pairs(batch) -> Batch:
 
 
 def test_an_update_is_a_clipped_step_down_the_gradient_of_the_mean_over_pairs(model, pairs) -> None:
-    ref_logps, flags = torch.randn(3, 2) - 20, dict(learning_rate=0.01, warmup_steps=0)
+    ref_logps = torch.tensor([[-20.0, -19.0], [-20.5, -21.5], [-18.0, -22.0]])
     logps = plain_token_logps(model, pairs).sum(-1)
     losses = dpo(logps, ref_logps, 0.1)
     expected = gradients(model, losses.mean())
     norm = math.sqrt(sum(gradient.double().square().sum() for gradient in expected.values()))
     for max_norm in (1e9, norm / 3):
-        seen, moves = sgd_step(model, pairs, ref_logps, max_grad_norm=max_norm, **flags)
+        seen, moves = sgd_step(model, pairs, ref_logps, max_grad_norm=max_norm)
         for name, move in moves.items():
             step = -0.01 * expected[name] * min(1, max_norm / norm)
             assert (move - step).abs().max() < 1e-4 * 0.01 * norm, name
@@ -418,23 +419,15 @@ def test_an_update_is_a_clipped_step_down_the_gradient_of_the_mean_over_pairs(mo
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_micro_batches_give_the_update_of_one_batch(model, pairs, size: int) -> None:
-    ref_logps, flags = torch.randn(3, 2) - 20, dict(learning_rate=0.01, max_grad_norm=1e9)
-    seen, moves = sgd_step(model, pairs, ref_logps, **flags)
-    small_seen, small_moves = sgd_step(model, pairs, ref_logps, micro_batch_size=size, **flags)
+    ref_logps = torch.tensor([[-20.0, -19.0], [-20.5, -21.5], [-18.0, -22.0]])
+    seen, moves = sgd_step(model, pairs, ref_logps, max_grad_norm=1e9)
+    small_seen, small_moves = sgd_step(
+        model, pairs, ref_logps, max_grad_norm=1e9, micro_batch_size=size
+    )
     assert small_seen == pytest.approx(seen, rel=1e-4)
     largest = max(move.abs().max() for move in moves.values())
     for name, move in small_moves.items():
         assert (move - moves[name]).abs().max() < 1e-4 * largest, name
-
-
-def test_the_learning_rate_rises_linearly_to_its_value_and_stays(model, pairs) -> None:
-    policy, rates = copy.deepcopy(model), []
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
-    config = Config(learning_rate=0.004, warmup_steps=3)
-    for _ in range(6):
-        update(policy, optimizer, pairs, torch.zeros(3, 2), pair_loss, config)
-        rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == pytest.approx([0.001, 0.002, 0.003, 0.004, 0.004, 0.004])
 
 
 def test_an_update_leaves_no_gradient_behind_and_the_policy_in_eval_mode(model, pairs) -> None:

@@ -63,7 +63,8 @@ def test_readme_paths_exist():
 
 
 def test_the_equation_table_names_functions_and_tests_that_exist():
-    rows = re.findall(r"^\| .*? \| `(\w+)\.py`: `([\w.]+)` \| `(tests/\w+\.py)::(\w+)` \|$", README, re.M)
+    row = r"^\| .*? \| `(\w+)\.py`: `([\w.]+)` \| `(tests/\w+\.py)::(\w+)` \|$"
+    rows = re.findall(row, README, re.M)
     assert len(rows) >= 10
     for module, name, file, test in rows:
         value = {"common": common, "sea": sea}[module]

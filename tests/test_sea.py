@@ -156,6 +156,13 @@ def test_the_widest_pair_has_the_largest_margin_and_the_better_one_first(seed: i
             assert (best[b].item(), worst[b].item()) == expected
 
 
+def test_the_widest_pair_of_equal_rewards_is_still_two_different_texts() -> None:
+    is_distinct = torch.tensor([[True, False, True, True], [True, True, False, False]])
+    best, worst = widest_pair(torch.zeros(2, 4), is_distinct)
+    assert (best != worst).all()
+    assert is_distinct[[0, 1], best].all() and is_distinct[[0, 1], worst].all()
+
+
 @pytest.mark.parametrize("explore", ["bai", "ee", "uncertainty", "passive", "apl"])
 def test_candidates_that_all_read_the_same_give_a_duel_of_one_text(explore: str) -> None:
     batch = candidates([["same", "same ", " same"]] * 4)
@@ -309,28 +316,37 @@ def rms_disagreement(ensemble, first: Tensor, second: Tensor) -> float:
     return math.sqrt(statistics.mean(statistics.variance(heads) for heads in gaps))
 
 
+def scaled_features(num_prompts: int, num_candidates: int, seed: int) -> Tensor:
+    """Features (B, N, 12) of very different scales and means."""
+    scales, shifts = torch.rand(12, generator=generator(0)) * 50 + 0.1, torch.arange(12) * 5.0
+    rng = generator(seed)
+    return torch.randn(num_prompts, num_candidates, 12, generator=rng) * scales + shifts
+
+
 @pytest.mark.parametrize("prior_std", [0.5, 1.0, 3.0])
-def test_calibration_sets_the_heads_disagreement_on_the_first_candidates(prior_std: float) -> None:
-    ensemble = make_ensemble(12, 32, prior_std=prior_std)
-    rng = generator(0)
-    scales, shifts = torch.rand(12, generator=rng) * 50 + 0.1, torch.randn(12, generator=rng) * 30
-    features = torch.randn(32, 8, 12, generator=rng) * scales + shifts
-    before = parameters(ensemble)
+def test_calibration_sets_the_heads_disagreement_on_neighbouring_candidates(prior_std) -> None:
+    ensemble = make_ensemble(12, 32, num_heads=3, prior_std=prior_std)
+    features, before = scaled_features(4, 5, seed=1), parameters(ensemble)
     ensemble.calibrate(features)
     neighbours = rms_disagreement(ensemble, features[:, :-1], features[:, 1:])
-    assert neighbours == pytest.approx(prior_std, rel=1e-3)
+    assert neighbours == pytest.approx(prior_std, rel=1e-4)
+    after = parameters(ensemble)
+    ratios = after[2] / before[2]  # one scalar, on the output layer alone
+    assert (ratios - ratios.mean()).abs().max() < 1e-4 * ratios.mean()
+    assert all(torch.equal(before[layer], after[layer]) for layer in (0, 1, 3, 4, 5))
+
+
+def test_calibrated_heads_disagree_by_prior_std_on_any_two_candidates_also_unseen_ones() -> None:
+    ensemble, features = make_ensemble(12, 32, prior_std=2.0), scaled_features(32, 8, seed=1)
+    ensemble.calibrate(features)
     pairs = [
         rms_disagreement(ensemble, features[:, i : i + 1], features[:, j : j + 1])
         for i, j in itertools.combinations(range(8), 2)
     ]
-    assert math.sqrt(statistics.mean(x**2 for x in pairs)) == pytest.approx(prior_std, rel=0.1)
-    unseen = torch.randn(64, 2, 12, generator=rng) * scales + shifts
+    assert math.sqrt(statistics.mean(x**2 for x in pairs)) == pytest.approx(2.0, rel=0.1)
+    unseen = scaled_features(64, 2, seed=2)
     unseen = rms_disagreement(ensemble, unseen[:, :1], unseen[:, 1:])
-    assert unseen == pytest.approx(prior_std, rel=0.25)
-    after = parameters(ensemble)
-    for layer, (old, new) in enumerate(zip(before, after)):  # one scalar, on the last layer alone
-        ratio = new / old if layer == 2 else None
-        assert torch.equal(old, new) if ratio is None else (ratio - ratio[0, 0]).abs().max() < 1e-4
+    assert unseen == pytest.approx(2.0, rel=0.25)
 
 
 @torch.no_grad()
@@ -586,7 +602,8 @@ def test_thompson_sampling_learns_a_bandit_that_random_duels_do_not() -> None:
 def test_apl_keeps_the_prompts_of_highest_entropy_with_their_implicit_rewards() -> None:
     causal = transformers.AutoModelForCausalLM
     policy, ref_model = (make_model(causal, "gpt_neox", seed) for seed in (0, 1))
-    lengths = [[2, 3, 1], [6, 5, 6], [4, 4, 2], [1, 1, 2], [5, 3, 6], [2, 6, 6]]
+    # Prompt 0 has the second highest mean, but its shortest response is likelier than any of 2's.
+    lengths = [[8, 8, 1], [7, 7, 7], [4, 4, 4], [1, 1, 2], [9, 2, 1], [2, 3, 2]]
     batch = make_batch([4, 7, 5, 3, 6, 9], lengths)
     config = Config(explore="apl", beta=0.3)
     run = SimpleNamespace(policy=policy, ref_model=ref_model, config=config)
@@ -695,7 +712,7 @@ def test_plain_features_serve_an_encoder_that_sees_both_ways(tokenizer) -> None:
 def test_head_metrics_equal_a_loop() -> None:
     rewards = torch.randn(4, 9, 5, generator=generator(0)) * 2
     chosen, rejected = torch.arange(9) % 5, (torch.arange(9) + 2) % 5
-    asked = torch.tensor([0, 3, 4, 8])
+    asked = torch.tensor([0, 3, 4, 7, 8])
     weight, metrics = head_metrics(rewards, asked, chosen, rejected)
     right = []
     for b in asked.tolist():
@@ -705,7 +722,7 @@ def test_head_metrics_equal_a_loop() -> None:
     for b in range(9):
         gaps = rewards[:, b, 0] - rewards[:, b, 1]
         spreads.append(statistics.stdev(sigmoid(gap) for gap in gaps.tolist()))
-    assert weight == 4 and 0 < statistics.mean(right) < 1
+    assert weight == 5 and statistics.mean(right) not in (0, 1)
     assert metrics == pytest.approx({
         "ensemble_accuracy": statistics.mean(right),
         "ensemble_disagreement": statistics.mean(spreads),
