@@ -9,6 +9,7 @@ V vocabulary. Prompts are padded on the left, responses on the right; masks are 
 response's EOS is one) and are never derived from ids, since the padding may be EOS too.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -637,6 +638,21 @@ def win_metrics(rewards: Tensor, baseline: Tensor) -> dict[str, float]:
 # ------------------------------------------------------------------ a run and its folder
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Write under a temporary name and rename: never half a file or folder. A full disk, which
+    torch, safetensors and Python report in three ways, becomes one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        if path.is_dir():
+            shutil.rmtree(path)
+        os.replace(temporary, path)
+    except Exception as error:
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written (is the disk full?): {error}") from error
+
+
 class Run:
     """A training run: models, prompts, oracle, counts, and the output folder.
 
@@ -697,7 +713,8 @@ class Run:
         versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
         about = dict(flags=dataclasses.asdict(config), versions=versions, git_commit=commit)
         about["device"] = config.device
-        (self.folder / "config.json").write_text(json.dumps(about, indent=1))
+        with writing(self.folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(about, indent=1))
         state = {"counts": {}, "means": {}, "sizes": {}}
         if path.exists():
             try:
@@ -714,17 +731,21 @@ class Run:
                 file.truncate(state["sizes"].get(name, 0))
 
     def save(self) -> None:
-        """Write checkpoint.pt under a temporary name, then rename it: never half a file."""
+        """Write checkpoint.pt: the parts, the counts, the lengths of the JSONL files."""
         state = {name: part.state_dict() for name, part in self.parts.items()}
         sizes = {name: (self.folder / name).stat().st_size for name in self.jsonl}
         state |= dict(counts=dict(self.counts), means=self.means, sizes=sizes)
-        torch.save(state, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        with writing(self.folder / "checkpoint.pt") as temporary:
+            torch.save(state, temporary)
 
     def write(self, name: str, rows: list[dict]) -> None:
+        """Append rows to a JSONL file. What a crash leaves half-written, `start` cuts off."""
         lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.writelines(lines)
+        try:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
+                file.writelines(lines)
+        except OSError as error:
+            raise UserError(f"{self.folder / name} cannot be written: {error}") from error
 
     def lap(self, phase: str) -> None:
         """Book the time since the last lap under `phase`, for timing.jsonl."""
@@ -915,11 +936,9 @@ class Run:
         tqdm.write("finishing the round and saving (Ctrl-C again: stop at once)")
 
     def finish(self) -> None:
-        """Write model/ under a temporary name, rename it, and say where everything is."""
-        model, temporary = self.folder / "model", self.folder / "model.tmp"
-        self.policy.save_pretrained(temporary)
-        self.tokenizer.save_pretrained(temporary)
-        shutil.rmtree(model, ignore_errors=True)
-        temporary.rename(model)
+        """Write model/ and say where everything is."""
+        with writing(self.folder / "model") as temporary:
+            self.policy.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
         names = "model/, metrics.jsonl, preferences.jsonl and samples.jsonl"
         print(f"done, {self.oracle.queries} labels: {names} are in {self.folder}")

@@ -23,7 +23,8 @@ Differences from the released code (sail-sg/oat v0.0.4): it 1. has the oracle la
 uncounted, and trains the heads on them (--synthetic_labels oracle, counted here); 2. takes the
 variance of raw reward gaps (--bai_variance logit); 3. draws one head for 32 prompts; 4. has an
 anchor 280 times weaker than its weight decay, so that heads overfit instead of disagreeing where
-there is no data (--anchor released); 5. counts duels of equal texts; 6. ranks APL's prompts by lowest entropy.
+there is no data (--anchor released); 5. counts duels of equal texts; 6. ranks APL's prompts by
+lowest entropy.
 
 The paper's variants 1-7: 1 --explore passive; 2 --gamma 1; 3 the default; 4 --explore passive
 --best_of_n 10; 5 --gamma 1 --best_of_n 10; 6 --best_of_n 10; 7 --gamma 1 --offline --best_of_n 10

@@ -801,10 +801,10 @@ def test_apl_compares_by_implicit_rewards_also_where_heads_are_trained_for_best_
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])
 def test_ipo_is_on_means_over_tokens_and_the_other_losses_on_sums(monkeypatch, flags, loss) -> None:
     def update(policy, optimizer, pairs, ref_logps, pair_loss, config):
-        logps, ref_logps = torch.tensor([[-6.0, -9.0]]), torch.tensor([[-4.0, -3.0]])
+        logps, ref_logps = torch.tensor([[-6.0, -9.0]]), torch.tensor([[-10.0, -9.0]])
         mask = torch.tensor([[[1, 1, 0], [1, 1, 1]]])
-        # Sums: -2 - -6 = 4. Means, the policy's and the reference's: (-3 - -2) - (-3 - -1) = 1.
-        expected = dict(dpo=math.log(1 + math.exp(-1.0)), ipo=(1 - 2) ** 2, slic=0.0)
+        # Sums: (-6 + 10) - (-9 + 9) = 4. Means, of both models: (-3 + 5) - (-3 + 3) = 2.
+        expected = dict(dpo=math.log(1 + math.exp(-1.0)), ipo=(2 - 2) ** 2, slic=0.0)
         value = pair_loss(logps, ref_logps, mask)
         assert value.tolist() == pytest.approx([expected[loss]])
         raise Stop
