@@ -308,9 +308,8 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tenso
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (B, N, V)
-    total = cumulative[..., -1]  # 1 up to rounding
-    target = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, target[..., None], right=True)[..., 0]
+    target = uniforms[..., None] * cumulative[..., -1:]  # the last one is 1 up to rounding
+    return torch.searchsorted(cumulative, target, right=True)[..., 0]
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ class Config(common.Config):
         is_right = self.num_heads >= 2 if has_ensemble else self.num_heads == 0
         require(is_right, f"--num_heads {self.num_heads} {why} --best_of_n {self.best_of_n}")
         require(self.best_of_n != 1, "--best_of_n must be 0 or at least 2")
-        is_right = re.fullmatch(r"released|\d+(\.\d*)?(e-?\d+)?", self.anchor)
+        is_right = re.fullmatch(r"released|\d*\.?\d+(e[-+]?\d)?", self.anchor)
         require(is_right, f"--anchor must be a number from 0 or 'released', not {self.anchor!r}")
         require(self.explore != "apl" or self.loss == "dpo", "--explore apl needs --loss dpo")
         arm = self.explore + "-offline" * self.offline + f"-{self.loss}" * (self.loss != "dpo")
@@ -250,6 +250,7 @@ def second_bai(rewards: Tensor, first: Tensor, is_distinct: Tensor, variance: st
     """
     gaps = rewards.gather(2, first.expand(len(rewards), -1)[..., None]) - rewards  # (E, B, N)
     spread = (gaps.sigmoid() if variance == "sigmoid" else gaps).var(0)  # (E, B, N) -> (B, N)
+    spread = spread.scatter(1, first[:, None], -0.5)  # itself only if nothing else is distinct
     return spread.masked_fill(~is_distinct, -1).argmax(-1)
 
 
@@ -285,9 +286,8 @@ def widest_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
     """The pair with the largest margin, best first: rewards (B, N) -> (B,), (B,). Where all are
     equal, as implicit rewards are at policy = reference, any two candidates, which is random."""
     best = rewards.masked_fill(~is_distinct, -math.inf).argmax(-1)
-    others = is_distinct.scatter(1, best[:, None], False)
-    worst = rewards.masked_fill(~others, math.inf).argmin(-1)
-    return best, torch.where(others.any(1), worst, best)
+    others = is_distinct.scatter(1, best[:, None], False)  # none: both are candidate 0
+    return best, rewards.masked_fill(~others, math.inf).argmin(-1)
 
 
 def keep_uncertain(batch: Batch, run: common.Run, num_kept: int) -> tuple[Batch, Tensor]:
@@ -347,14 +347,18 @@ def head_metrics(
 
 def load_ensemble(config: Config, run: common.Run) -> tuple[EpistemicRewardModel, Callable]:
     """The heads, and the function from a `Batch` to the features (B, N, D) that they read."""
-    tokenizer, backbone = None, run.ref_model.base_model  # which shares the policy's tokens
+    tokenizer, is_packed = None, True
+    backbone = run.ref_model.base_model  # "reference": it shares the policy's tokens
     if config.erm_backbone != "reference":
-        tokenizer, backbone = (
-            common.load_pretrained(auto_class, config.erm_backbone, "erm_backbone")
-            for auto_class in (transformers.AutoTokenizer, transformers.AutoModel)
-        )
-        backbone.to(config.device)
-    is_packed = tokenizer is None or common.packing_error(backbone, 32, 8) < 1e-3
+        name, flag_name, dtype = config.erm_backbone, "erm_backbone", torch.float32
+        tokenizer = common.load_pretrained(transformers.AutoTokenizer, name, flag_name)
+        backbone = common.load_pretrained(transformers.AutoModel, name, flag_name, dtype=dtype)
+        lengths = (config.max_prompt_length, config.max_new_tokens)
+        is_packed = common.packing_error(backbone, *lengths) < 1e-3
+        if not is_packed:
+            print(f"--erm_backbone {name} is read one row a response: it cannot read packed rows")
+        dtype = torch.bfloat16 if config.device.startswith("cuda") else dtype
+        backbone.to(config.device, dtype)
 
     @torch.no_grad()
     def read(batch: Batch) -> Tensor:

@@ -278,3 +278,63 @@ def test_without_references_the_initial_policy_stands_in_and_the_row_says_so(
     assert "online_win_rate" not in table[-1] and "gold" not in table[-1]
     assert len(run.prompts) == 15 and len(run.eval_prompts) == 5  # the last rows are held out
     assert run.eval_prompts.columns["prompt"] == [f"The cat {i}" for i in range(15, 20)]
+
+
+def test_the_learning_rate_rises_linearly_and_stays(flags, folder, monkeypatch):
+    rates, update = [], common.update
+    monkeypatch.setattr(common, "update", lambda policy, optimizer, *rest: (
+        rates.append(optimizer.param_groups[0]["lr"]), update(policy, optimizer, *rest),
+    )[1])  # fmt: skip
+    sea.train(make(flags, folder, explore="passive", num_queries=16, warmup_steps=2))
+    assert rates == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4][: len(rates)]) and len(rates) >= 4
+
+
+@pytest.mark.parametrize("family", ["bert", "mistral"])
+def test_a_backbone_that_cannot_be_packed_is_read_one_row_a_response(
+    family, flags, folder, tmp_path, capsys
+):
+    import conftest
+
+    more = {"sliding_window": 8, "num_key_value_heads": 2} if family == "mistral" else {}
+    backbone = conftest.make_model(transformers.AutoModel, family, 5, **more)
+    backbone.save_pretrained(tmp_path / "backbone")
+    conftest.make_tokenizer().save_pretrained(tmp_path / "backbone")
+    run = sea.train(make(flags, folder, erm_backbone=str(tmp_path / "backbone")))
+    assert "one row a response" in capsys.readouterr().out
+    assert run.parts["ensemble"].pairs.shape == (12, 2, 32)
+
+
+def test_the_reference_can_be_the_backbone(flags, folder):
+    run = sea.train(make(flags, folder, erm_backbone="reference"))
+    assert run.parts["ensemble"].pairs.shape == (12, 2, 32)
+
+
+@pytest.mark.parametrize("loss", ["ipo", "slic"])
+def test_the_other_losses_train(loss, flags, folder):
+    run = sea.train(make(flags, folder, loss=loss, beta=0.5))
+    assert rows(run.folder / "metrics.jsonl")[-1]["queries"] == 12
+
+
+def test_offline_responses_come_from_the_reference(flags, folder, tmp_path):
+    """Two runs that differ in the policy's learning rate collect the same duels."""
+    runs = [
+        sea.train(make(flags, folder, explore="passive", offline=True, learning_rate=rate,
+                       output_dir=str(tmp_path / str(rate))))  # fmt: skip
+        for rate in (1e-3, 0.0)
+    ]
+    a, b = (contents(run.folder) for run in runs)
+    assert a["preferences.jsonl"] == b["preferences.jsonl"]
+    assert a["model.safetensors"] != b["model.safetensors"]
+    assert rows(runs[1].folder / "metrics.jsonl")[-1]["gradient_steps"] == 0
+
+
+def test_released_anchor_runs_and_learns_from_128_pairs_on(flags, folder):
+    run = sea.train(make(flags, folder, anchor="released", num_queries=8))
+    heads = run.parts["ensemble"]
+    assert all(torch.equal(p, p0) for p, p0 in zip(heads.weights, heads.start))
+
+
+def test_ensemble_disagreement_is_prior_std_at_first_and_falls(flags, folder):
+    table = rows(sea.train(make(flags, folder, num_queries=64)).folder / "metrics.jsonl")
+    values = [row["ensemble_disagreement"] for row in table if "ensemble_disagreement" in row]
+    assert 0.1 < values[0] < 0.3 and values[-1] < values[0]
