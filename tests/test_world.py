@@ -1,8 +1,6 @@
-"""What tiny/ must be, measured on the shipped files. `TINY_WORLD=FOLDER` measures another folder."""
+"""What tiny/ must be, measured on the shipped files."""
 
 import json
-import math
-import os
 import re
 from pathlib import Path
 
@@ -10,11 +8,11 @@ import pytest
 import torch
 import transformers
 
-from common import Batch, PackedDecoder, generate, gold_score, plain_text
+import sea
+from common import Batch, gold_score, plain_text
 from tiny import make
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = Path(os.environ.get("TINY_WORLD", ROOT / "tiny"))
+TINY = Path(__file__).resolve().parent.parent / "tiny"
 NUM_POSTS, NUM_SAMPLES = 500, 4
 
 
@@ -69,9 +67,12 @@ def samples(test) -> list[list[str]]:
     return draw(TINY / "sft", test[:NUM_POSTS], NUM_SAMPLES)
 
 
-def oracle_and_gold(rows: list[dict], samples: list[list[str]]) -> tuple[torch.Tensor, torch.Tensor]:
+def oracle_and_gold(
+    rows: list[dict], samples: list[list[str]]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Rewards and gold scores of the samples, (B, N) each."""
-    pairs = [(row, text) for row, texts in zip(rows, samples, strict=False) for text in texts]
+    rows = rows[: len(samples)]
+    pairs = [(row, text) for row, texts in zip(rows, samples, strict=True) for text in texts]
     prompts, texts = [row["prompt"] for row, _ in pairs], [text for _, text in pairs]
     rewards = score(TINY / "reward_model", prompts, texts)
     gold = [gold_score(text, row["facts"], row["wrong_facts"]) for row, text in pairs]
@@ -90,6 +91,14 @@ def agreement(rewards: torch.Tensor, gold: torch.Tensor) -> float:
     gold_gaps = gold[:, first] - gold[:, second]
     agrees = (rewards[:, first] > rewards[:, second]) == (gold_gaps > 0)
     return agrees[gold_gaps.abs() > 1e-4].double().mean().item()
+
+
+def win_rate(rows: list[dict], rewards: torch.Tensor) -> float:
+    """Share of samples (B, N) that the oracle scores above their post's reference."""
+    rows = rows[: len(rewards)]
+    prompts, references = ([row[name] for row in rows] for name in ("prompt", "reference"))
+    baseline = score(TINY / "reward_model", prompts, references)
+    return (rewards > baseline[:, None]).double().mean().item()
 
 
 def test_the_grammar_is_rich():
@@ -126,16 +135,14 @@ def test_the_tokenizer_takes_any_text(tokenizer, test):
     assert tokenizer.pad_token is None and tokenizer.eos_token_id == 0
     for text in ("Zyzzyva's naïve 🦙🔥", "\x00\x01 \n\n\t end ", "日本語 \u200b", "", "   ", " x"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    assert all(tokenizer.decode(tokenizer(row["prompt"])["input_ids"]) == row["prompt"] for row in test)
-    assert max(len(ids) for ids in tokenizer([row["prompt"] for row in test])["input_ids"]) <= 96
+    prompts = [row["prompt"] for row in test]
+    all_ids = tokenizer(prompts)["input_ids"]
+    assert tokenizer.batch_decode(all_ids) == prompts
+    assert max(map(len, all_ids)) <= 96
 
 
 def test_sft_samples_lose_a_little_to_people(test, scored):
-    rows = test[:NUM_POSTS]
-    prompts, references = ([row[name] for row in rows] for name in ("prompt", "reference"))
-    baseline = score(TINY / "reward_model", prompts, references)
-    win_rate = (scored[0] > baseline[:, None]).double().mean().item()
-    assert 0.40 <= win_rate <= 0.50, win_rate
+    assert 0.40 <= win_rate(test, scored[0]) <= 0.50
 
 
 def test_the_oracle_agrees_with_gold_on_sft_samples(scored):
@@ -157,3 +164,53 @@ def test_make_writes_the_same_data_again(tmp_path):
     make.write_data(tmp_path, seed=0)
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes()
+
+
+@torch.no_grad()
+def backbone_features(rows: list[dict], samples: list[list[str]]) -> torch.Tensor:
+    """Last hidden state of the frozen backbone at each response's last token, (B, N, D)."""
+    folder, empty = TINY / "erm_backbone", torch.empty(len(rows), 0)
+    backbone = transformers.AutoModel.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, pad_token="<|endoftext|>")
+    prompts = {"prompt": [row["prompt"] for row in rows]}
+    return sea.plain_features(
+        backbone, tokenizer, Batch(prompts, empty, empty, samples, empty, empty)
+    )
+
+
+def test_the_ensemble_learns_the_oracle_from_the_backbone(train, test, samples, scored):
+    """As sea.py trains it: rounds of 32 random pairs, noisy labels, mean over three seeds."""
+    rows = train[:1024]
+    drawn = draw(TINY / "sft", rows, 2)
+    features, (rewards, _) = backbone_features(rows, drawn), oracle_and_gold(rows, drawn)
+    fresh, fresh_gaps = backbone_features(test[:NUM_POSTS], samples), scored[0].diff(dim=1)
+    accuracy = {128: [], 992: []}
+    for seed in range(3):
+        rng = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(rows), generator=rng)
+        ensemble = sea.EpistemicRewardModel(features.shape[-1], sea.Config(seed=seed))
+        ensemble.calibrate(features[order[:32]])
+        for labels in range(32, 993, 32):
+            picked = order[labels - 32 : labels]
+            wins = rewards[picked, 0] - rewards[picked, 1]
+            loses = torch.rand(32, generator=rng) > wins.sigmoid()
+            columns = torch.stack([loses, ~loses], dim=1).long()  # chosen, rejected
+            ensemble.fit(features[picked[:, None], columns], rng)
+            if labels in accuracy:
+                gaps = ensemble(fresh).mean(0).diff(dim=1)  # (B, N - 1) by the mean head
+                accuracy[labels].append(((gaps > 0) == (fresh_gaps > 0)).double().mean().item())
+    assert sum(accuracy[128]) / 3 >= 0.60, accuracy
+    assert sum(accuracy[992]) / 3 >= 0.75, accuracy
+
+
+@pytest.mark.slow
+def test_the_oracle_agrees_with_gold_on_a_trained_policy(test, tmp_path):
+    """Passive online DPO for 2,000 labels; the policy also wins most duels with people by then."""
+    folders = dict(model=TINY / "sft", dataset=TINY, reward_model=TINY / "reward_model")
+    flags = {name: str(folder) for name, folder in folders.items()}
+    flags |= dict(explore="passive", num_queries=2_000, output_dir=str(tmp_path / "run"))
+    sea.train(sea.Config(**flags))
+    drawn = draw(tmp_path / "run" / "model", test[:NUM_POSTS], NUM_SAMPLES)
+    rewards, gold = oracle_and_gold(test, drawn)
+    assert agreement(rewards, gold) >= 0.80
+    assert win_rate(test, rewards) > 0.80
