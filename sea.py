@@ -62,7 +62,7 @@ class Config(common.Config):
     num_candidates: int | None = flag(None, "M, responses a prompt (20; apl 8; passive 2)")
     num_heads: int | None = flag(None, "K, heads of the ensemble (20; baselines 0)")
     gamma: float | None = flag(None, "share of prompts that go to the oracle (0.7; baselines 1)")
-    burn_in: int = flag(256, "labels before the first synthetic pair (paper 1000)")
+    burn_in: int = flag(256, "labels before the first synthetic pair (paper: 1000)")
     prior_std: float = flag(1.0, "disagreement of the untrained heads, in logits")
     anchor: str = flag("1", "strength lambda of the pull to each head's own start, or 'released'")
     bai_variance: Literal["sigmoid", "logit"] = flag("sigmoid", "logit: as in the released code")

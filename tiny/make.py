@@ -1,26 +1,30 @@
 #!/usr/bin/env python3
 """Make the miniature world of this folder: posts, a policy to improve, and an annotator.
 
-    python tiny/make.py                       # about XX minutes on two cores, no GPU, no network
+    python tiny/make.py      # 31 minutes on one of two busy cores; no GPU, no network
 
 The papers' pipeline, a thousand times smaller, in the order in which one runs it:
 
 0. Data. A grammar writes Reddit posts in the TL;DR format and two mediocre summaries of each, as
-   people would: facts missing, facts wrong, filler. Every row also lists the post's five facts, and
-   ten wrong ones that careless readers take for them; `common.gold_score` counts both. Nothing that
-   learns ever sees these two columns.
+   people would: facts missing, facts wrong, filler. A row also lists the post's five facts and ten
+   wrong ones that careless readers take for them, which `common.gold_score` counts. No model is
+   given these two columns; the simulated annotators of the reward models judge by them.
 1. `train_sft`: a small Pythia learns to summarise as people do -> `sft/`, the policy's start.
-2. `train_reward_model`: two reward models learn from noisy pairs, starting from the SFT model.
-   `reward_model/` is the oracle: its annotators judge by the gold score, and have read texts of
-   every quality. `erm_backbone/` is what SEA's ensemble reads its features from; it is smaller, saw
-   fewer pairs, only of people's and the SFT model's summaries, and from an annotator with
-   another taste.
+2. `train_reward_model`: a reader first learns, by `train_sft`, to mark the facts of a summary as
+   right or wrong. From it, two reward models learn from noisy pairs. `reward_model/` is the oracle:
+   its annotators judge by the gold score and have read texts of every quality. `erm_backbone/`,
+   from which SEA's ensemble reads its features, saw fewer pairs, only of people's summaries, and
+   an annotator of another taste.
 
-The two training functions know nothing of this world: any causal language model, any sequence
-classifier with one label, any data set, a GPU if the model is on one. All is seeded: the data are
-re-created byte for byte, the weights on the same machine, torch version and thread count.
+The two training functions know nothing of this world: any causal language model or any sequence
+classifier with one label, any data set, on the model's device. All is seeded: the data come out
+byte for byte, the weights on the same machine and torch version (one thread is used).
 
-Legend of shapes: B prompts, N responses a prompt, R response tokens, T tokens of a whole text.
+What came out: SFT samples win 44 % against the references, 0.5 % of them are near-best; the oracle
+agrees with gold on 92 % of pairs of SFT samples; heads on the backbone with the oracle on 80 %.
+
+Legend of shapes: B prompts, N responses a prompt, P prompt tokens, R response tokens, T tokens of a
+whole text.
 """
 
 import argparse
@@ -225,13 +229,13 @@ def write_post(rng: random.Random) -> Post:
 
 
 def write_summary(rng: random.Random, post: Post, care: float, chatter: float) -> str:
-    """Sum a post up. Each fact is told with probability `care`, else told wrong (20 %) or left out;
+    """Sum a post up. Each fact is told with probability `care`, else told wrong (35 %) or left out;
     an opener and a closer that say nothing come with probability `chatter` each."""
     told = {}
     for kind, fact in post.facts.items():
         if rng.random() < care:
             told[kind] = fact
-        elif rng.random() < 0.2:
+        elif rng.random() < 0.35:
             told[kind] = rng.choice(post.mistakes[kind])
     details = [kind for kind in told if kind in DETAILS]
     rng.shuffle(details)
@@ -256,11 +260,11 @@ def write_summary(rng: random.Random, post: Post, care: float, chatter: float) -
 
 
 def write_human_summary(rng: random.Random, post: Post, haste: float = 0.0) -> str:
-    """A summary of 5 to 18 words by a rambling, a middling or (seldom) a careful person."""
+    """A mediocre summary of 5 to 15 words by one of three people; haste costs them facts."""
     while True:
-        care, chatter = rng.choices([(0.3, 0.6), (0.5, 0.3), (0.75, 0.1)], weights=[4, 4, 2])[0]
-        summary = write_summary(rng, post, care - haste, chatter)
-        if 5 <= len(summary.split()) <= 18:
+        care = rng.choice([0.45, 0.55, 0.65]) - haste
+        summary = write_summary(rng, post, care, chatter=0.3)
+        if 5 <= len(summary.split()) <= 15:
             return summary
 
 
@@ -330,7 +334,7 @@ def write_rows(num_rows: int, seed: int) -> list[dict[str, str | list[str]]]:
     rng, rows = random.Random(seed), {}
     while len(rows) < num_rows:
         post = write_post(rng)
-        reference, other = write_human_summary(rng, post), write_human_summary(rng, post, haste=0.05)
+        reference, other = write_human_summary(rng, post), write_human_summary(rng, post, haste=0.1)
         if post.prompt not in rows and reference != other:
             rows[post.prompt] = {
                 "prompt": post.prompt,
@@ -373,7 +377,7 @@ def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def small_pythia(
-    tokenizer: PreTrainedTokenizerBase, num_layers: int, num_matching_heads: int = 0
+    tokenizer: PreTrainedTokenizerBase, num_layers: int, num_matching_heads: int
 ) -> GPTNeoXForCausalLM:
     """Pythia's architecture (parallel residual, rotary embedding on a quarter of each head, input
     and output embeddings apart), as narrow as 128.
@@ -385,7 +389,7 @@ def small_pythia(
     config = GPTNeoXConfig(
         vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=num_layers,
         num_attention_heads=4, intermediate_size=512, max_position_embeddings=512,
-        initializer_range=0.08 if num_matching_heads else 0.02, bos_token_id=tokenizer.bos_token_id,
+        initializer_range=0.08, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     model = GPTNeoXForCausalLM(config)
@@ -596,7 +600,7 @@ def read_widely(rng: random.Random, samples: dict[str, list[str]], post: Post) -
 def lenient_score(post: Post, summary: str) -> float:
     """What the backbone's annotator likes: facts; half minds wrong ones, never minds length."""
     only_right = gold_score(summary, list(post.facts.values()), [])
-    return (only_right + post.gold(summary)) / 2 + 0.1 * len(summary.split())
+    return 0.5 * only_right + 0.5 * post.gold(summary) + 0.1 * len(summary.split())
 
 
 def standardise(
