@@ -293,4 +293,4 @@ def test_a_full_disk_is_said_in_one_sentence_and_keeps_the_last_checkpoint(refus
         if (disk / "run" / "checkpoint.pt").exists():
             torch.load(disk / "run" / "checkpoint.pt", weights_only=True)
     finally:
-        subprocess.run(["umount", str(disk)], check=True)
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
