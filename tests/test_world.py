@@ -213,3 +213,25 @@ def test_the_oracle_agrees_with_gold_on_a_trained_policy(test, tmp_path):
     drawn = draw(tmp_path / "run" / "model", test[:NUM_POSTS], NUM_SAMPLES)
     rewards, gold = oracle_and_gold(test, drawn)
     assert agreement(rewards, gold) >= 0.80
+
+
+def test_the_training_functions_learn_and_come_out_the_same_twice(train, tokenizer):
+    """A few steps of both stages on the first posts: the loss falls, the weights repeat."""
+    prompts, *pairs = ([row[name] for row in train[:64]] for name in ("prompt", "reference", "other"))
+    settings = dict(learning_rate=1e-3, batch_size=16, num_steps=12)
+
+    def loss(judge: transformers.PreTrainedModel) -> float:
+        chosen, rejected = (make.rewards(judge, tokenizer, prompts, texts) for texts in pairs)
+        return torch.nn.functional.softplus(rejected - chosen).mean().item()
+
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        policy = make.small_pythia(tokenizer, num_layers=1, num_matching_heads=0)
+        judge = make.small_reward_model(policy, num_layers=1)
+        before = loss(judge)
+        make.train_sft(policy, tokenizer, prompts, [[text] for text in pairs[0]], **settings)
+        make.train_reward_model(judge, tokenizer, prompts, *pairs, **settings)
+        assert loss(judge) < before
+        weights.append([*policy.parameters(), *judge.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
