@@ -217,7 +217,8 @@ def test_the_oracle_agrees_with_gold_on_a_trained_policy(test, tmp_path):
 
 def test_the_training_functions_learn_and_come_out_the_same_twice(train, tokenizer):
     """A few steps of both stages on the first posts: the loss falls, the weights repeat."""
-    prompts, *pairs = ([row[name] for row in train[:64]] for name in ("prompt", "reference", "other"))
+    names = ("prompt", "reference", "other")
+    prompts, *pairs = ([row[name] for row in train[:64]] for name in names)
     settings = dict(learning_rate=1e-3, batch_size=16, num_steps=12)
 
     def loss(judge: transformers.PreTrainedModel) -> float:
