@@ -378,16 +378,18 @@ def load_ensemble(config: Config, run: common.Run) -> tuple[EpistemicRewardModel
 
 
 @torch.no_grad()
-def best_of_n(config: Config, run: common.Run, ensemble: Any, read: Callable) -> dict[str, float]:
-    """Best of N policy samples by the mean head: win_rate and reward on the held-out prompts."""
+def own_metrics(config: Config, run: common.Run, ensemble: Any, read: Callable) -> dict[str, float]:
+    """clashes: `ee` duels so far for which no redrawn head wanted another candidate; and of the
+    mean head's best of N policy samples, win_metrics and reward on the held-out prompts."""
+    clashes = {"clashes": run.counts["clashes"]}
     if not config.best_of_n:
-        return {}
+        return clashes
     batch = run.eval_responses(config.best_of_n, "best of n")
     mean_rewards = ensemble(read(batch)).mean(0).cpu()  # (E, B, N) -> (B, N)
     texts = [[row[n]] for row, n in zip(batch.responses, mean_rewards.argmax(-1), strict=True)]
     rewards = run.oracle.score(batch.columns["prompt"], texts)[:, 0]
     metrics = common.win_metrics(rewards, run.baseline_rewards) | {"reward": rewards.mean().item()}
-    return {f"best_of_n_{name}": value for name, value in metrics.items()}
+    return clashes | {f"best_of_n_{name}": value for name, value in metrics.items()}
 
 
 def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
@@ -403,7 +405,7 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
         loss = {"dpo": common.dpo, "ipo": common.ipo, "slic": common.slic}[config.loss]
         return loss(logps / per, ref_logps / per, config.beta)
 
-    for number in run.rounds(lambda: best_of_n(config, run, ensemble, read_features)):
+    for number in run.rounds(lambda: own_metrics(config, run, ensemble, read_features)):
         rng = generator(config.seed, "round", number)
         # 1. Receive prompts, and 2. draw M candidates a prompt.
         prompts = run.next_prompts(num_prompts)

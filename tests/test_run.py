@@ -338,3 +338,10 @@ def test_ensemble_disagreement_is_prior_std_at_first_and_falls(flags, folder):
     table = rows(sea.train(make(flags, folder, num_queries=64)).folder / "metrics.jsonl")
     values = [row["ensemble_disagreement"] for row in table if "ensemble_disagreement" in row]
     assert 0.1 < values[0] < 0.3 and values[-1] < values[0]
+
+
+def test_clashes_are_logged(flags, folder):
+    """Two heads and two candidates clash often; passive duels cannot."""
+    more = dict(explore="ee", num_heads=2, num_candidates=2)
+    last = rows(sea.train(make(flags, folder, **more)).folder / "metrics.jsonl")[-1]
+    assert 0 < last["clashes"] <= last["rounds"] * 4
