@@ -94,16 +94,18 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            value, kinds = getattr(self, name), get_args(hint) or (hint,)
-            if get_origin(hint) is Literal:
-                is_right, wanted = value in kinds, "one of " + ", ".join(kinds)
-            else:
-                is_right = type(value) in kinds or (type(value) is int and float in kinds)
-                wanted = kinds[0].__name__
-            if is_right and type(value) in (int, float):
-                is_right = 0 < value < 2**63 or (value == 0 and name in self.may_be_zero)
-                wanted = f"a finite {wanted} above 0"
-            require(is_right, f"--{name} must be {wanted}, not {value!r}")
+            given, kinds = getattr(self, name), get_args(hint) or (hint,)
+            kinds = [get_args(kind)[0] if get_origin(kind) is list else kind for kind in kinds]
+            for value in given if isinstance(given, list) else [given]:
+                if get_origin(hint) is Literal:
+                    is_right, wanted = value in kinds, "one of " + ", ".join(kinds)
+                else:
+                    is_right = type(value) in kinds or (type(value) is int and float in kinds)
+                    wanted = kinds[0].__name__
+                if is_right and type(value) in (int, float):
+                    is_right = 0 < value < 2**63 or (value == 0 and name in self.may_be_zero)
+                    wanted = f"a finite {wanted} above 0"
+                require(is_right, f"--{name} must be {wanted}, not {value!r}")
         require(not (self.resume and self.overwrite), "--resume excludes --overwrite")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -152,6 +154,7 @@ class Batch:
     responses: list[list[str]]  # B lists of N texts
     response_ids: Tensor  # (B, N, R)
     response_mask: Tensor  # (B, N, R)
+    ref_logps: Tensor | None = None  # (B, N), once computed, kept
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
@@ -162,7 +165,8 @@ class Batch:
             picks = torch.arange(self.response_ids.shape[1]).expand(len(rows), -1)
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
         prompt_mask, mask = self.prompt_mask[rows], self.response_mask[rows[:, None], picks]
-        start = self.prompt_ids.shape[1] - int(prompt_mask.sum(1).max())
+        widest = int(prompt_mask.sum(1).max()) if len(rows) else 0
+        start = self.prompt_ids.shape[1] - widest
         length = int(mask.sum(-1).max()) if mask.numel() else 0
         return Batch(
             columns,
@@ -171,6 +175,7 @@ class Batch:
             [[self.responses[row][n] for n in pick] for row, pick in zip(rows, picks, strict=True)],
             self.response_ids[rows[:, None], picks, :length],
             mask[..., :length],
+            None if self.ref_logps is None else self.ref_logps[rows[:, None], picks],
         )
 
     def split(self, size: int | None) -> Iterator[tuple[Tensor, "Batch"]]:
@@ -179,10 +184,63 @@ class Batch:
             yield rows, self.select(rows)
 
 
+def beside(parts: list[Batch]) -> Batch:
+    """The same prompts, with the responses of all parts side by side (without `ref_logps`)."""
+    length = max(part.response_ids.shape[-1] for part in parts)
+    ids = [F.pad(p.response_ids, (0, length - p.response_ids.shape[-1])) for p in parts]
+    masks = [F.pad(p.response_mask, (0, length - p.response_mask.shape[-1])) for p in parts]
+    texts = [sum(rows, []) for rows in zip(*(part.responses for part in parts), strict=True)]
+    ids, mask = torch.cat(ids, dim=1), torch.cat(masks, dim=1)  # (B, N, R)
+    return dataclasses.replace(parts[0], responses=texts, response_ids=ids, response_mask=mask)
+
+
+def stacked(parts: list[Batch]) -> Batch:
+    """The prompts of all parts one after another, each with its N responses."""
+    widest = max(part.prompt_ids.shape[1] for part in parts)
+    length = max(part.response_ids.shape[-1] for part in parts)
+
+    def left(tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (widest - tensor.shape[1], 0))
+
+    def right(tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (0, length - tensor.shape[-1]))
+
+    return Batch(
+        {name: sum((part.columns[name] for part in parts), []) for name in parts[0].columns},
+        torch.cat([left(part.prompt_ids) for part in parts]),
+        torch.cat([left(part.prompt_mask) for part in parts]),
+        sum((part.responses for part in parts), []),
+        torch.cat([right(part.response_ids) for part in parts]),
+        torch.cat([right(part.response_mask) for part in parts]),
+        torch.cat([part.ref_logps for part in parts]),
+    )
+
+
+class Replay:
+    """Pairs kept for later steps, with their reference log-probabilities. Checkpoints hold them."""
+
+    def __init__(self) -> None:
+        self.parts: list[Batch] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(stacked(self.parts)) if self.parts else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.parts = [Batch(**state)] if state else []
+
+
 def distinct(responses: list[list[str]]) -> Tensor:
     """True (B, N) where no earlier response to the prompt reads the same."""
     texts = [[text.strip() for text in row] for row in responses]
     return torch.tensor([[row.index(text) == n for n, text in enumerate(row)] for row in texts])
+
+
+def widest_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair with the largest margin, best first: rewards (B, N) -> (B,), (B,). Where all are
+    equal, as implicit rewards are at policy = reference, any two responses, which is random."""
+    best = rewards.masked_fill(~is_distinct, -math.inf).argmax(-1)
+    others = is_distinct.scatter(1, best[:, None], False)  # none: both are response 0
+    return best, rewards.masked_fill(~others, math.inf).argmin(-1)
 
 
 # ------------------------------------------------------------------ the packed row
@@ -374,27 +432,27 @@ def slic(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 def update(
     policy: nn.Module,
     optimizer: torch.optim.Optimizer,
-    pairs: Batch,
-    ref_logps: Tensor,
-    pair_loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    groups: list[Batch],
+    pair_loss: Callable[[Tensor, Tensor, Batch], Tensor],
     config: Config,
 ) -> dict[str, float]:
-    """One step on the mean over pairs of `pair_loss(logps, ref_logps, mask)`; what it saw.
+    """One step on the mean over all pairs of `pair_loss(logps, ref_logps, part)`; what it saw.
 
-    Micro-batches sum to the same gradient. UserError, before a weight moves, if a number is not
-    finite. Train mode because gradient checkpointing is silently off in eval mode.
+    A group has N >= 2 responses a prompt, chosen and rejected first, and its own `ref_logps`.
+    Groups and micro-batches sum to the same gradient. UserError, before a weight moves, if a number
+    is not finite. Train mode because gradient checkpointing is silently off in eval mode.
     """
     policy.train()
-    seen = []
-    for rows, part in pairs.split(config.micro_batch_size):
-        logps, ref = response_logps(policy, part), ref_logps[rows].to(policy.device)  # (b, 2)
-        losses = pair_loss(logps, ref, part.response_mask.to(policy.device))  # (b,)
+    seen, num_pairs = [], sum(map(len, groups))
+    for part in (part for group in groups for _, part in group.split(config.micro_batch_size)):
+        logps, ref_logps = response_logps(policy, part), part.ref_logps.to(policy.device)  # (b, N)
+        losses = pair_loss(logps, ref_logps, part)  # (b,)
         if not losses.isfinite().all():
             prompt = part.columns["prompt"][int((~losses.isfinite()).nonzero()[0])]
             raise UserError(f"the loss is not finite on the pair of the prompt ...{prompt[-60:]!r}")
-        (losses.sum() / len(pairs)).backward()
-        rewards = config.beta * (logps - ref)  # implicit rewards of chosen and rejected
-        seen.append(torch.cat([losses[:, None], rewards[:, :2]], dim=1).detach().cpu())
+        (losses.sum() / num_pairs).backward()
+        rewards = config.beta * (logps - ref_logps)[:, :2]  # implicit, of chosen and rejected
+        seen.append(torch.cat([losses[:, None], rewards], dim=1).detach().cpu())
     policy.eval()
     norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     require(norm.isfinite(), "the gradient is not finite, though the loss is")
@@ -677,7 +735,8 @@ class Run:
             fused=config.device.startswith("cuda"),
         )  # fmt: skip
         self.parts = {"policy": self.policy, "optimizer": self.optimizer}  # a script adds its own
-        self.counts, self.means, self.is_stopping = Counter(), {}, False
+        self.counts, self.means = Counter(), {}
+        self.is_milestone = self.is_stopping = False
         self.seconds, self.clock = Counter(), time.perf_counter()
         columns = self.eval_prompts.columns
         self.compared_with = "reference" if "reference" in columns else "initial policy"
@@ -787,10 +846,15 @@ class Run:
         full = dataclasses.replace(prompts, responses=texts, response_ids=ids, response_mask=mask)
         return full.select(torch.arange(len(full)))
 
-    def eval_responses(self, num: int, name: str) -> Batch:
-        """Policy samples at temperature 1 for the held-out prompts, by one stream."""
+    def decoder(self, model: nn.Module, num_responses: int, part: Batch) -> PackedDecoder:
+        """A `PackedDecoder` whose streams are counted: a forward pass a token and response."""
+        self.counts["decoder_streams"] += num_responses * len(part)
+        return PackedDecoder(model, part, num_responses)
+
+    def eval_responses(self, num: int, name: str, model: nn.Module | None = None) -> Batch:
+        """Samples at temperature 1 (of the policy) for the held-out prompts, by one stream."""
         rng = generator(self.config.seed, name)
-        decoder = partial(PackedDecoder, self.policy, num_responses=num)
+        decoder = partial(PackedDecoder, model or self.policy, num_responses=num)
         return self.respond(decoder, self.eval_prompts, num, rng, temperature=1.0)
 
     def ask(
@@ -824,35 +888,84 @@ class Run:
         self.lap("label")
         return sent, chosen, rejected
 
-    def learn(
-        self, batch: Batch, chosen: Tensor, rejected: Tensor, is_model: Tensor, pair_loss: Callable
-    ) -> None:
-        """Write the round's pairs to preferences.jsonl and take one step of the policy on them."""
-        config, kept = self.config, (chosen != rejected).nonzero()[:, 0]
-        if not len(kept):
-            return
-        pairs = batch.select(kept, torch.stack([chosen, rejected], 1)[kept])  # N = 2
+    def rank(
+        self, batch: Batch, cost: Callable[[int], int], is_noisy: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Best and worst distinct response to each prompt by the oracle's scores, (B,), (B,), which
+        are equal where a prompt has one; and which responses were ranked, (B, N).
+
+        `cost(n)` labels are counted for ranking n; when fewer are left, the prompt's last responses
+        are not ranked. Noise: standard Gumbel on the scores with --labels bernoulli, a
+        Plackett-Luce ranking, whose pairs have exactly Bradley-Terry's probabilities.
+        """
+        is_ranked, budget = distinct(batch.responses), self.config.num_queries - self.oracle.queries
+        for row in is_ranked:
+            while cost(int(row.sum())) > budget:
+                row[row.nonzero()[-1]] = False
+            budget -= cost(int(row.sum()))
+        texts = [[text.strip() for text in row] for row in batch.responses]
+        rewards = self.oracle.score(batch.columns["prompt"], texts)  # (B, N)
+        if is_noisy and self.config.labels == "bernoulli":
+            rng = generator(self.config.seed, "labels", self.oracle.queries)
+            uniforms = torch.rand(rewards.shape, generator=rng, dtype=torch.float64)
+            rewards = rewards - (-uniforms.log()).log()
+        self.oracle.queries = self.config.num_queries - budget
+        best, worst = widest_pair(rewards, is_ranked)
+        self.lap("label")
+        return best, worst, is_ranked
+
+    def keep(
+        self, batch: Batch, chosen: Tensor, rejected: Tensor, is_model: Tensor | None = None
+    ) -> Tensor:
+        """Write the pairs to preferences.jsonl, where chosen and rejected differ; their rows."""
+        kept = (chosen != rejected).nonzero()[:, 0]
+        is_model = torch.zeros(len(batch)) if is_model is None else is_model
         sources = ["model" if model else "oracle" for model in is_model[kept]]
-        rows = [
-            dict(round=self.counts["rounds"], prompt=x, chosen=y[0], rejected=y[1], source=source)
-            for x, y, source in zip(pairs.columns["prompt"], pairs.responses, sources)
+        pairs = [
+            dict(
+                round=self.counts["rounds"],
+                prompt=batch.columns["prompt"][row],
+                chosen=batch.responses[row][chosen[row]],
+                rejected=batch.responses[row][rejected[row]],
+                source=source,
+            )
+            for row, source in zip(kept, sources)
         ]
-        self.write("preferences.jsonl", rows)
+        self.write("preferences.jsonl", pairs)
         self.counts["synthetic_pairs"] += sources.count("model")
-        if config.learning_rate:
-            ref_logps = frozen_logps(self.ref_model, pairs, config)  # (b, 2), once and for all
+        return kept
+
+    def new_iteration(self) -> None:
+        """Begin an iteration: `prompts` from their start, a fresh optimiser, a new warm-up."""
+        self.counts["prompts"] = 0
+        self.optimizer.state.clear()
+        self.counts["steps_before"] = self.counts["gradient_steps"]
+
+    def learn(
+        self, groups: list[Batch], pair_loss: Callable, rate: float = 1.0
+    ) -> dict[str, float]:
+        """One step of the policy on the groups of pairs, see `update`, at `rate` times
+        --learning_rate after the warm-up. Returns what it saw, if there was a step."""
+        config, groups, seen = self.config, [group for group in groups if len(group)], {}
+        if config.learning_rate and groups:
             self.counts["gradient_steps"] += 1
-            warmth = min(1.0, self.counts["gradient_steps"] / (config.warmup_steps + 1))
-            self.optimizer.param_groups[0]["lr"] = config.learning_rate * warmth
+            num_steps = self.counts["gradient_steps"] - self.counts["steps_before"]
+            warmth = min(1.0, num_steps / (config.warmup_steps + 1))
+            self.optimizer.param_groups[0]["lr"] = config.learning_rate * rate * warmth
+            for group in groups:
+                if group.ref_logps is None:  # computed once and for all
+                    group.ref_logps = frozen_logps(self.ref_model, group, config)  # (b, N)
             try:
-                seen = update(self.policy, self.optimizer, pairs, ref_logps, pair_loss, config)
+                seen = update(self.policy, self.optimizer, groups, pair_loss, config)
             except UserError as error:
                 raise UserError(f"round {self.counts['rounds']}: {error}") from error
-            self.record(len(pairs), seen)
+            self.record(sum(map(len, groups)), seen)
         self.lap("update")
+        return seen
 
-    def evaluate(self) -> tuple[dict[str, Any], list[dict]]:
-        """Metrics of one response to each held-out prompt, and the responses."""
+    def evaluate(self, more_metrics: Callable | None = None) -> tuple[dict[str, Any], list[dict]]:
+        """Metrics of one response to each held-out prompt, and the responses. `more_metrics` gets
+        the responses and their log-probabilities under the policy, (B, 1)."""
         batch = self.eval_responses(1, "evaluation")
         columns, models = batch.columns, (self.policy, self.ref_model)
         rewards = self.oracle.score(columns["prompt"], batch.responses)[:, 0]
@@ -868,16 +981,16 @@ class Run:
             for row, right, wrong in zip(samples, columns["facts"], columns["wrong_facts"]):
                 row["gold"] = gold_score(row["response"], right, wrong)
             metrics["gold"] = sum(row["gold"] for row in samples) / len(samples)
-        return metrics, samples
+        return metrics | (more_metrics(batch, logps) if more_metrics else {}), samples
 
-    def log(self, more: dict[str, Any]) -> None:
+    def log(self, more_metrics: Callable | None) -> None:
         """Evaluate; write metrics, samples and timing; print a row of the table and two samples."""
-        metrics, samples = self.evaluate()
+        metrics, samples = self.evaluate(more_metrics)
         self.lap("evaluation")
         means = {name: total / weight for name, (total, weight) in sorted(self.means.items())}
         queries = {"queries": self.oracle.queries}
         counts = {name: self.counts[name] for name in self.counted}
-        row = queries | counts | metrics | means | more
+        row = queries | counts | metrics | means
         self.write("metrics.jsonl", [row])
         self.write("samples.jsonl", [queries | sample for sample in samples])
         self.write("timing.jsonl", [queries | {k: round(v, 3) for k, v in self.seconds.items()}])
@@ -885,17 +998,19 @@ class Run:
             for sample in samples[:2]:
                 tqdm.write(f"{sample['prompt']}\n  {self.compared_with}: {sample['baseline']}\n")
             tqdm.write("  ".join(("queries", *(f"{name:>6}" for name in self.table))))
-        cells = [(f"{row[name]:.3f}" if name in row else "", name) for name in self.table]
-        cells = [f"{cell:>{max(len(name), 6)}}" for cell, name in cells]
+        cells = [row.get(name, "") for name in self.table]
+        cells = [f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells]
+        cells = [f"{cell:>{max(len(name), 6)}}" for cell, name in zip(cells, self.table)]
         tqdm.write("  ".join((f"{row['queries']:7d}", *cells)))
         for sample in samples[:2]:
             tqdm.write(f"  [{sample['reward']:5.2f}] {sample['response'].strip()}")
         self.counts["rows"] += 1
         self.means.clear()
 
-    def rounds(self, more_metrics: Callable[[], dict[str, Any]] = dict) -> Iterator[int]:
+    def rounds(self, more_metrics: Callable | None = None) -> Iterator[int]:
         """Number the rounds until the budget of labels is spent. Between them: evaluate when
-        --eval_every more labels have been trained on, log, save; at the end write the model."""
+        --eval_every more labels have been trained on, and where the script sets `is_milestone`,
+        log, save; at the end write the model. `counts["untrained"]`: labels kept for later."""
         self.start()
         config, counts, oracle = self.config, self.counts, self.oracle
         bar = tqdm(total=config.num_queries, initial=oracle.queries, unit="label", mininterval=1)
@@ -903,17 +1018,20 @@ class Run:
         previous = signal.signal(signal.SIGINT, self.interrupt) if is_main_thread else None
         try:
             if not counts["rows"]:
-                self.log(more_metrics())
+                self.log(more_metrics)
             while oracle.queries < config.num_queries:
-                before = oracle.queries
+                before, trained = oracle.queries, oracle.queries - counts["untrained"]
                 yield counts["rounds"]
                 counts["rounds"] += 1
                 counts["queries"] = oracle.queries
                 counts["idle_rounds"] = 0 if oracle.queries > before else counts["idle_rounds"] + 1
                 bar.update(oracle.queries - bar.n)
                 is_last, is_idle = oracle.queries >= config.num_queries, counts["idle_rounds"] >= 20
-                if is_last or oracle.queries // config.eval_every > before // config.eval_every:
-                    self.log(more_metrics())
+                now_trained = oracle.queries - counts["untrained"]
+                is_step = now_trained // config.eval_every > trained // config.eval_every
+                if is_last or is_step or self.is_milestone:
+                    self.log(more_metrics)
+                self.is_milestone = False
                 is_due = counts["rounds"] % config.checkpoint_every == 0
                 if is_due or is_last or is_idle or self.is_stopping:
                     self.save()

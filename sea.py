@@ -49,7 +49,7 @@ import transformers
 from torch import Tensor, nn
 
 import common
-from common import Batch, PackedDecoder, flag, generator, packed_inputs, require
+from common import Batch, flag, generator, packed_inputs, require
 
 
 @dataclass
@@ -282,14 +282,6 @@ def most_uncertain_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, T
     return flat // num, flat % num
 
 
-def widest_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
-    """The pair with the largest margin, best first: rewards (B, N) -> (B,), (B,). Where all are
-    equal, as implicit rewards are at policy = reference, any two candidates, which is random."""
-    best = rewards.masked_fill(~is_distinct, -math.inf).argmax(-1)
-    others = is_distinct.scatter(1, best[:, None], False)  # none: both are candidate 0
-    return best, rewards.masked_fill(~others, math.inf).argmin(-1)
-
-
 def keep_uncertain(batch: Batch, run: common.Run, num_kept: int) -> tuple[Batch, Tensor]:
     """APL (arXiv:2402.08114): keep the prompts of highest predictive entropy, estimated as minus
     the mean over candidates of log pi(y | x); with their implicit rewards (1, num_kept, N)."""
@@ -314,7 +306,7 @@ def choose_duels(
     num_heads, is_distinct = len(rewards), common.distinct(batch.responses)
     heads = torch.randint(num_heads, (len(batch),), generator=rng)  # one per prompt
     redraws = torch.randint(num_heads, (num_heads, len(batch)), generator=rng)
-    best, worst = widest_pair(rewards[heads, rows], is_distinct)
+    best, worst = common.widest_pair(rewards[heads, rows], is_distinct)
     if config.explore == "apl":
         return best, worst, is_clash
     if config.explore == "uncertainty":
@@ -397,21 +389,21 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
     run = common.Run(config, oracle)
     ensemble, read_features = load_ensemble(config, run) if config.num_heads else (None, None)
     sampler = run.ref_model if config.offline else run.policy
-    decoder = partial(PackedDecoder, sampler, num_responses=config.num_candidates)
+    decoder = partial(run.decoder, sampler, config.num_candidates)
     num_prompts = config.batch_size * (4 if config.explore == "apl" else 1)
 
-    def pair_loss(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
-        per = mask.sum(-1) if config.loss == "ipo" else 1  # IPO is on means over tokens
+    def pair_loss(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
+        lengths = part.response_mask.sum(-1).to(logps.device)  # (b, 2)
+        per = lengths if config.loss == "ipo" else 1  # IPO is on means over tokens
         loss = {"dpo": common.dpo, "ipo": common.ipo, "slic": common.slic}[config.loss]
         return loss(logps / per, ref_logps / per, config.beta)
 
-    for number in run.rounds(lambda: own_metrics(config, run, ensemble, read_features)):
+    for number in run.rounds(lambda *_: own_metrics(config, run, ensemble, read_features)):
         rng = generator(config.seed, "round", number)
         # 1. Receive prompts, and 2. draw M candidates a prompt.
         prompts = run.next_prompts(num_prompts)
         batch = run.respond(decoder, prompts, config.num_candidates, rng, config.temperature)
-        num_drawn = len(prompts) * config.num_candidates
-        run.counts.update(candidates=num_drawn, decoder_streams=num_drawn)
+        run.counts["candidates"] += len(prompts) * config.num_candidates
         run.lap("generate")
         # 3, 4. Choose a duel a prompt; the heads choose some pairs for themselves.
         if config.explore == "apl":
@@ -436,7 +428,8 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
             ensemble.fit(features[asked[:, None], torch.stack([chosen, rejected], 1)[asked]], rng)
             run.lap("ensemble")
         # 7. Train the policy on all pairs of the round.
-        run.learn(batch, chosen, rejected, is_model, pair_loss)
+        kept = run.keep(batch, chosen, rejected, is_model)
+        run.learn([batch.select(kept, torch.stack([chosen, rejected], 1)[kept])], pair_loss)
     return run
 
 

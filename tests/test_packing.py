@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -381,8 +382,8 @@ def test_duplicate_texts_are_distinct_only_at_their_first_place() -> None:
 # ------------------------------------------------------------------ the update
 
 
-def pair_loss(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
-    assert mask.shape[:2] == logps.shape == ref_logps.shape
+def pair_loss(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
+    assert part.response_mask.shape[:2] == logps.shape == ref_logps.shape
     return dpo(logps, ref_logps, 0.1)
 
 
@@ -390,7 +391,8 @@ def sgd_step(model: nn.Module, pairs: Batch, ref_logps: Tensor, **flags) -> tupl
     """What `update` reports, and by how much each weight of a copy of the model moved."""
     policy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
-    seen = update(policy, optimizer, pairs, ref_logps, pair_loss, Config(**flags))
+    pairs = replace(pairs, ref_logps=ref_logps)
+    seen = update(policy, optimizer, [pairs], pair_loss, Config(**flags))
     before = dict(model.named_parameters())
     return seen, {name: p.detach() - before[name] for name, p in policy.named_parameters()}
 
@@ -433,7 +435,7 @@ def test_micro_batches_give_the_update_of_one_batch(model, pairs, size: int) -> 
 def test_an_update_leaves_no_gradient_behind_and_the_policy_in_eval_mode(model, pairs) -> None:
     policy = copy.deepcopy(model)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    update(policy, optimizer, pairs, torch.zeros(3, 2), pair_loss, Config())
+    update(policy, optimizer, [replace(pairs, ref_logps=torch.zeros(3, 2))], pair_loss, Config())
     assert not policy.training
     assert all(p.grad is None or not p.grad.any() for p in policy.parameters())
 
@@ -447,8 +449,9 @@ def test_a_loss_that_is_not_finite_is_a_user_error_and_moves_no_weight(
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
     ref_logps = torch.zeros(3, 2)
     ref_logps[1, 0] = bad  # chosen: its log-ratio is nan or -inf, its loss nan or inf
+    pairs, config = replace(pairs, ref_logps=ref_logps), Config(micro_batch_size=size)
     with pytest.raises(UserError, match="prompt 1"):
-        update(policy, optimizer, pairs, ref_logps, pair_loss, Config(micro_batch_size=size))
+        update(policy, optimizer, [pairs], pair_loss, config)
     for new, old in zip(policy.parameters(), model.parameters()):
         assert torch.equal(new, old)
 
@@ -457,11 +460,12 @@ def test_a_gradient_that_is_not_finite_is_a_user_error_and_moves_no_weight(model
     policy = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1)
 
-    def steep_loss(logps: Tensor, ref_logps: Tensor, mask: Tensor) -> Tensor:
+    def steep_loss(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
         return (logps[:, 0] - logps[:, 0].detach()).abs().sqrt()  # finite, of infinite slope
 
+    pairs = replace(pairs, ref_logps=torch.zeros(3, 2))
     with pytest.raises(UserError):
-        update(policy, optimizer, pairs, torch.zeros(3, 2), steep_loss, Config())
+        update(policy, optimizer, [pairs], steep_loss, Config())
     for new, old in zip(policy.parameters(), model.parameters()):
         assert torch.equal(new, old)
 

@@ -13,7 +13,7 @@ from conftest import make_batch, make_model, plain_token_logps, real_ids
 from torch import Tensor, nn
 
 import sea
-from common import Batch, generator
+from common import Batch, generator, widest_pair
 from sea import (
     Config,
     EpistemicRewardModel,
@@ -27,7 +27,6 @@ from sea import (
     second_bai,
     second_ee,
     thompson_first,
-    widest_pair,
 )
 
 NUM_HEADS, NUM_PROMPTS, NUM_CANDIDATES = 5, 40, 6
@@ -800,12 +799,12 @@ def test_apl_compares_by_implicit_rewards_also_where_heads_are_trained_for_best_
 
 @pytest.mark.parametrize("loss", ["dpo", "ipo", "slic"])
 def test_ipo_is_on_means_over_tokens_and_the_other_losses_on_sums(monkeypatch, flags, loss) -> None:
-    def update(policy, optimizer, pairs, ref_logps, pair_loss, config):
+    def update(policy, optimizer, groups, pair_loss, config):
         logps, ref_logps = torch.tensor([[-6.0, -9.0]]), torch.tensor([[-10.0, -9.0]])
-        mask = torch.tensor([[[1, 1, 0], [1, 1, 1]]])
+        part = SimpleNamespace(response_mask=torch.tensor([[[1, 1, 0], [1, 1, 1]]]))
         # Sums: (-6 + 10) - (-9 + 9) = 4. Means, of both models: (-3 + 5) - (-3 + 3) = 2.
         expected = dict(dpo=math.log(1 + math.exp(-1.0)), ipo=(2 - 2) ** 2, slic=0.0)
-        value = pair_loss(logps, ref_logps, mask)
+        value = pair_loss(logps, ref_logps, part)
         assert value.tolist() == pytest.approx([expected[loss]])
         raise Stop
 
