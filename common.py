@@ -935,9 +935,14 @@ class Run:
         self.counts["synthetic_pairs"] += sources.count("model")
         return kept
 
-    def new_iteration(self) -> None:
-        """Begin an iteration: `prompts` from their start, a fresh optimiser, a new warm-up."""
-        self.counts["prompts"] = 0
+    def iteration(self, num_iterations: int) -> int:
+        """Which iteration this is, from 0, each with an equal share of the labels; never one before
+        `counts["iteration"]`, the number of those begun, should --num_queries be raised later."""
+        now = self.oracle.queries * num_iterations // self.config.num_queries
+        return max(self.counts["iteration"] - 1, min(now, num_iterations - 1))
+
+    def restart_optimizer(self) -> None:
+        """For a new iteration: a fresh optimiser state and a new warm-up."""
         self.optimizer.state.clear()
         self.counts["steps_before"] = self.counts["gradient_steps"]
 

@@ -306,23 +306,18 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
         run.record(len(part), {"y_log_ratio": log_ratios.mean().item()})
         return losses + bonus
 
-    def iteration() -> int:
-        """From 0, by the labels given; never back, if --num_queries is raised later."""
-        now = run.oracle.queries * num_iterations // config.num_queries
-        return max(counts["iteration"] - 1, min(now, num_iterations - 1))
-
     def more_metrics(*evaluated: Any) -> dict[str, float]:
         return own_metrics(config, run, snapshot, groups, *evaluated)
 
     for number in run.rounds(more_metrics):
-        rng, t = generator(config.seed, "round", number), iteration()
+        rng, t = generator(config.seed, "round", number), run.iteration(num_iterations)
         # 1. In a new iteration the reference becomes the policy; the prompts are the next slice.
         run.prompts = prompts_of[t]
         if counts["iteration"] < t + 1:
             snapshot.load_state_dict(run.policy.state_dict())
-            run.new_iteration()
+            run.restart_optimizer()
             counts["iteration"], counts["old_pairs"] = t + 1, sum(map(len, replay.parts))
-            for name in ("y_best", "y_middle", "y_worst", "negative_losses"):
+            for name in ("prompts", "y_best", "y_middle", "y_worst", "negative_losses"):
                 counts[name] = 0
         prompts = run.next_prompts(config.batch_size)
         # 2. Draw y from it. 3. Find the chosen and the rejected response.
@@ -345,7 +340,7 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
                 tqdm.write(f"round {number}: the loss is below zero, the bonus is being exploited: "
                            "--bonus_floor bounds it")  # fmt: skip
         groups = [] if is_offline else groups  # whose gradients the metrics show
-        run.is_milestone = iteration() > t
+        run.is_milestone = run.iteration(num_iterations) > t
     return run
 
 
