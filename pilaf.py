@@ -36,7 +36,7 @@ No code of the authors was found. Not known, hence our choice: learning rate, ba
 length, temperature, KL estimator, Bernoulli or argmax labels, how their start was overfitted, what
 an iteration is. Differences: a reward of 1M weights, not 8B; a constant rate, not a cosine.
 
-    python pilaf.py      # SECONDS on two CPU cores, offline. On a GPU: not measured
+    python pilaf.py      # 1 minute on two CPU cores, offline. On a GPU: not measured
 
 Shapes: B prompts, N responses a prompt, R response tokens, V vocabulary.
 """

@@ -30,7 +30,7 @@ rate after each warm-up, not a cosine; with --first_iteration offline (Zephyr's 
 Unconfirmed, hence our choice: XPO's alpha and schedule. The term is unbounded below: see
 --bonus_floor.
 
-    python selm.py       # SECONDS on two CPU cores, offline. On a GPU: not measured
+    python selm.py       # 1 minute on two CPU cores, offline. On a GPU: not measured
 
 Shapes: B prompts, N responses a prompt; common.py has the others.
 """
