@@ -94,18 +94,12 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
-            given, kinds = getattr(self, name), get_args(hint) or (hint,)
-            kinds = [get_args(kind)[0] if get_origin(kind) is list else kind for kind in kinds]
-            for value in given if isinstance(given, list) else [given]:
-                if get_origin(hint) is Literal:
-                    is_right, wanted = value in kinds, "one of " + ", ".join(kinds)
-                else:
-                    is_right = type(value) in kinds or (type(value) is int and float in kinds)
-                    wanted = kinds[0].__name__
-                if is_right and type(value) in (int, float):
-                    is_right = 0 < value < 2**63 or (value == 0 and name in self.may_be_zero)
-                    wanted = f"a finite {wanted} above 0"
-                require(is_right, f"--{name} must be {wanted}, not {value!r}")
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            if get_origin(kinds[0]) is list and isinstance(value, list):
+                for element in value:
+                    self.check(name, element, get_args(kinds[0]))
+            else:
+                self.check(name, value, kinds, is_choice=get_origin(hint) is Literal)
         require(not (self.resume and self.overwrite), "--resume excludes --overwrite")
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,6 +108,18 @@ class Config:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"--device {self.device} is not to be had here") from error
         self.ref_model = self.ref_model or self.model
+
+    def check(self, name: str, value: Any, kinds: tuple, is_choice: bool = False) -> None:
+        """UserError unless the value is one of the kinds, and a number finite and above 0."""
+        if is_choice:
+            is_right, wanted = value in kinds, "one of " + ", ".join(kinds)
+        else:
+            is_right = type(value) in kinds or (type(value) is int and float in kinds)
+            wanted = kinds[0].__name__
+        if is_right and type(value) in (int, float):
+            is_right = 0 < value < 2**63 or (value == 0 and name in self.may_be_zero)
+            wanted = f"a finite {wanted} above 0"
+        require(is_right, f"--{name} must be {wanted}, not {value!r}")
 
 
 def main(config_class: type[Config], train: Callable, docstring: str) -> None:
@@ -798,11 +804,11 @@ class Run:
 
     def write(self, name: str, rows: list[dict]) -> None:
         """Append rows to a JSONL file. What a crash leaves half-written, `start` cuts off."""
-        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
         try:
+            lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
             with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.writelines(lines)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # a ValueError: a number that is not finite
             raise UserError(f"{self.folder / name} cannot be written: {error}") from error
 
     def lap(self, phase: str) -> None:

@@ -23,12 +23,10 @@ Where the paper (P) and its released code (C) differ, and what is done here:
   which y        P, C, here y wherever it ranks; C always runs it again, half as much compute on
                  top; here it costs a third sequence only where it is the middle one, in no pair
   theory         P accumulates pairs, from policy and reference; not in C; here --bonus xpo
-Differences from both: the oracle ranks, not PairRM, with noise unless --labels argmax, and n texts
-count as the ceil(3 n / 2) - 2 comparisons that find best and worst; beta 0.1, not 0.01; a constant
-rate after each warm-up, not a cosine; with --first_iteration offline (Zephyr's recipe:
---num_iterations 4 --learning_rate_factors 1 1 1 0.2) the oracle labels the data set's pairs.
-Unconfirmed, hence our choice: XPO's alpha and schedule. The term is unbounded below: see
---bonus_floor.
+Differences from both: the oracle ranks, not PairRM, with noise unless --labels argmax; n texts cost
+ceil(3 n / 2) - 2 labels; beta 0.1, not 0.01; a constant rate after each warm-up, not a cosine; with
+--first_iteration offline (Zephyr's recipe: --num_iterations 4 --learning_rate_factors 1 1 1 0.2)
+the oracle labels the data set's pairs. XPO's alpha and schedule are unconfirmed, ours a choice.
 
     python selm.py       # 1 minute on two CPU cores, offline. On a GPU: not measured
 
@@ -40,7 +38,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -79,17 +77,16 @@ class Config(common.Config):
         if self.alpha is None:
             self.alpha = {"selm": 1e-3, "xpo": 1e-5, "none": 0.0}[self.bonus]
         num, factors = self.num_iterations, self.learning_rate_factors
+        wrong = f"--num_queries {self.num_queries} is below --num_iterations {num}"
+        require(self.num_queries >= num, wrong)
         if factors is None:
             factors = [1 - 0.8 * t / max(1, num - 1) for t in range(num)]
         self.learning_rate_factors = factors
         require(self.bonus != "none" or self.alpha == 0, f"--alpha {self.alpha} needs a --bonus")
-        wrong = f"--learning_rate_factors has {len(factors)} numbers for {num} iterations"
-        require(len(factors) == num, wrong)
-        is_short = self.num_queries < num
-        require(not is_short, f"--num_queries {self.num_queries} is below --num_iterations {num}")
-        is_ranking = self.ranker_candidates is not None or self.first_iteration == "offline"
-        why = "--bonus xpo ranks nothing and has no offline iteration"
-        require(self.bonus != "xpo" or not is_ranking, why)
+        is_right = isinstance(factors, list) and len(factors) == num
+        require(is_right, f"--learning_rate_factors needs {num} numbers, one an iteration")
+        is_odd = self.ranker_candidates is not None or self.first_iteration == "offline"
+        require(not is_odd or self.bonus != "xpo", "--bonus xpo: no ranking, no offline iteration")
         arm = self.bonus + "-sample" * (self.bonus != "xpo" and self.bonus_response == "sample")
         arm += "-offline" * (self.first_iteration == "offline")
         self.output_dir = self.output_dir or f"runs/selm-{arm}-{self.seed}"
@@ -99,13 +96,9 @@ class Config(common.Config):
 
 
 def bonus_loss(
-    y_logps: Tensor,
-    y_ref_logps: Tensor,
-    alpha: float,
-    beta: float,
-    bonus: str = "selm",
-    floor: float | None = None,
-) -> Tensor:
+    y_logps: Tensor, y_ref_logps: Tensor, alpha: float, beta: float,
+    bonus: str = "selm", floor: float | None = None,
+) -> Tensor:  # fmt: skip
     """SELM's term, Eq. 4.2 of arXiv:2405.19332v3, as it is added to a loss that is minimised:
     alpha * beta * (log pi(y) - log pi_ref(y)); for "xpo" alpha * log pi(y). (B,) -> (B,).
 
@@ -125,7 +118,7 @@ def loss_terms(
     """DPO loss of columns 0 and 1, bonus of the column that is y, its log-ratio: (B, N) -> (B,)."""
     y = torch.tensor(part.columns["y"], device=logps.device)[:, None]  # (B, 1), a column number
     y_logps, y_ref_logps = logps.gather(1, y)[:, 0], ref_logps.gather(1, y)[:, 0]  # (B,)
-    scales = (config.alpha, config.beta, config.bonus, config.bonus_floor)
+    scales = config.alpha, config.beta, config.bonus, config.bonus_floor
     bonus = bonus_loss(y_logps, y_ref_logps, *scales)
     return common.dpo(logps, ref_logps, config.beta), bonus, (y_logps - y_ref_logps).detach()
 
@@ -168,6 +161,8 @@ def gradient_norms(policy: nn.Module, groups: list[Batch], config: Config) -> di
 
 # ------------------------------------------------------------------ candidates
 
+RANKS = ("y_best", "y_middle", "y_worst")
+
 
 def greedy_first(next_logits: Callable) -> Callable:
     """Next-token logits under which the first of N responses is greedy and the others sampled."""
@@ -195,6 +190,9 @@ def own_responses(prompts: Batch, column: str, run: common.Run) -> Batch:
     texts = texts if is_chat else [f" {text}" if text else "" for text in texts]
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     ids = [(row + [tokenizer.eos_token_id])[:limit] for row in ids]  # no EOS if it was cut
+    cut = [n for n, row in enumerate(ids) if row[-1] != tokenizer.eos_token_id]
+    for n in cut:  # the oracle reads what is trained on
+        texts[n] = tokenizer.decode(ids[n], skip_special_tokens=True)
     rows = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
     ids, mask = rows["input_ids"][:, None], rows["attention_mask"][:, None]  # (B, 1, R)
     return replace(prompts, responses=[[y] for y in texts], response_ids=ids, response_mask=mask)
@@ -218,9 +216,9 @@ def ranked_groups(
     best, worst, _ = run.rank(batch, comparisons, is_noisy=True)  # y is candidate 0
     kept = run.keep(batch, best, worst)
     best, worst = best[kept], worst[kept]
-    is_best, is_worst = best == 0, worst == 0
-    shares = dict(y_best=is_best, y_middle=~is_best & ~is_worst, y_worst=is_worst)
-    run.counts.update({name: int(rows.sum()) for name, rows in shares.items()})
+    is_middle = (best != 0) & (worst != 0)
+    for name, rows in zip(RANKS, (best == 0, is_middle, worst == 0), strict=True):
+        run.counts[name] += int(rows.sum())
     return training_groups(batch.select(kept), best, worst, torch.zeros_like(best))
 
 
@@ -248,43 +246,44 @@ def labelled_groups(
 
 
 def own_metrics(
-    config: Config,
-    run: common.Run,
-    snapshot: nn.Module,
-    groups: list[Batch],
-    batch: Batch,
-    logps: Tensor,
+    config: Config, run: common.Run, snapshot: nn.Module, groups: list[Batch], evaluated: tuple
 ) -> dict[str, float]:
     """Of the iteration so far: shares of prompts whose y was best, middle, worst of the ranking,
     and steps of negative loss. Now: KL to and from the iteration's reference on the held-out
-    prompts, in nats a response; the gradients' norms on the last step's pairs. `batch` and
-    `logps` (B, 1) are the policy's responses."""
+    prompts, in nats a response; the gradients' norms on the last step's pairs. `evaluated`: the
+    policy's responses and their log-probabilities (B, 1)."""
+    batch, logps = evaluated
     reference = run.ref_model if config.bonus == "xpo" else snapshot
     metrics = {name: run.counts[name] for name in ("iteration", "negative_losses")}
     metrics["kl_iteration"] = (logps - frozen_logps(reference, batch, config)).mean().item()
     batch = run.eval_responses(1, "forward kl", reference)
     gaps = frozen_logps(reference, batch, config) - frozen_logps(run.policy, batch, config)
     metrics["forward_kl"] = gaps.mean().item()
-    num_ranked = sum(run.counts[name] for name in ("y_best", "y_middle", "y_worst"))
-    for name in ("y_best", "y_middle", "y_worst") if num_ranked else ():
-        metrics[name] = run.counts[name] / num_ranked
+    num_ranked = sum(run.counts[name] for name in RANKS)
+    metrics |= {name: run.counts[name] / num_ranked for name in RANKS if num_ranked}
     return metrics | (gradient_norms(run.policy, groups, config) if groups else {})
+
+
+def labels_a_prompt(config: Config, prompts: Batch, t: int) -> int:
+    """Of iteration t, from 0, where no two texts are equal."""
+    if config.bonus == "xpo" or (config.first_iteration == "offline" and t == 0):
+        return 1
+    has = [name in prompts.columns for name in ("reference", config.other_column)]
+    return comparisons(num_samples(config, prompts) + sum(has))
 
 
 def slices(config: Config, run: common.Run) -> list[Batch]:
     """The prompts of each iteration, in file order; UserError where the data set cannot serve."""
-    size = len(run.prompts) // config.num_iterations
-    has = [name in run.prompts.columns for name in ("reference", config.other_column)]
-    where, is_offline = f"--dataset {config.dataset}", config.first_iteration == "offline"
+    size, where = len(run.prompts) // config.num_iterations, f"--dataset {config.dataset}"
+    has_pairs = {"reference", config.other_column} <= run.prompts.columns.keys()
     wrong = f"{where}: an offline iteration needs two responses, see --other_column"
-    require(all(has) or not is_offline, wrong)
-    num_ranked = num_samples(config, run.prompts) + sum(has)
-    wrong = f"{where} has no responses to rank: --ranker_candidates must be above 0"
-    require(num_ranked > 1 or config.bonus == "xpo", wrong)
-    cost = 1 if is_offline or config.bonus == "xpo" else comparisons(num_ranked)
-    needed = math.ceil(config.num_queries / config.num_iterations / cost)
-    wrong = f"{where} has {size} prompts an iteration, not the {needed} that --num_queries needs"
-    require(needed <= size, f"{wrong}: an iteration repeats none")
+    require(has_pairs or config.first_iteration == "online", wrong)
+    for t in range(config.num_iterations):
+        cost = labels_a_prompt(config, run.prompts, t)
+        require(cost, f"{where} has no responses to rank: --ranker_candidates must be above 0")
+        needed = math.ceil(config.num_queries / config.num_iterations / cost)
+        wrong = f"{where} has {size} prompts an iteration, not the {needed} that the labels need"
+        require(needed <= size, f"{wrong}: fewer --num_queries?")
     rows = torch.arange(size * config.num_iterations)
     return [run.prompts.select(part) for part in rows.split(size)]
 
@@ -298,48 +297,51 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
     run.parts |= {"snapshot": snapshot, "replay": replay}
     run.table = ("iteration", *run.table)
 
-    def plain_loss(logps: Tensor, ref_logps: Tensor, _: Batch) -> Tensor:
-        return common.dpo(logps, ref_logps, config.beta)
-
     def pair_loss(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
         losses, bonus, log_ratios = loss_terms(logps, ref_logps, part, config)
+        if is_offline:
+            return losses
         run.record(len(part), {"y_log_ratio": log_ratios.mean().item()})
         return losses + bonus
 
-    def more_metrics(*evaluated: Any) -> dict[str, float]:
-        return own_metrics(config, run, snapshot, groups, *evaluated)
-
-    for number in run.rounds(more_metrics):
+    for number in run.rounds(lambda *now: own_metrics(config, run, snapshot, groups, now)):
         rng, t = generator(config.seed, "round", number), run.iteration(num_iterations)
         # 1. In a new iteration the reference becomes the policy; the prompts are the next slice.
+        if counts["iteration"] == t + 1 and counts["prompts"] == len(prompts_of[t]):
+            t += 1  # its prompts are used up before its labels: equal texts cost none
+            run.save()
+            used_up = f"no prompt is left: --resume with --num_queries {run.oracle.queries}"
+            require(t < num_iterations, used_up)
         run.prompts = prompts_of[t]
         if counts["iteration"] < t + 1:
             snapshot.load_state_dict(run.policy.state_dict())
             run.restart_optimizer()
             counts["iteration"], counts["old_pairs"] = t + 1, sum(map(len, replay.parts))
-            for name in ("prompts", "y_best", "y_middle", "y_worst", "negative_losses"):
+            for name in ("prompts", "negative_losses", *RANKS):
                 counts[name] = 0
-        prompts = run.next_prompts(config.batch_size)
+        labels_left = (t + 1) * config.num_queries / num_iterations - run.oracle.queries
+        num_needed = math.ceil(labels_left / labels_a_prompt(config, run.prompts, t))
+        num_left = len(run.prompts) - counts["prompts"]
+        prompts = run.next_prompts(min(config.batch_size, num_needed, num_left))
         # 2. Draw y from it. 3. Find the chosen and the rejected response.
         is_offline = config.first_iteration == "offline" and t == 0
-        is_labelled = is_offline or config.bonus == "xpo"
-        collect = labelled_groups if is_labelled else ranked_groups
-        groups = [group for group in collect(config, run, prompts, snapshot, rng) if len(group)]
+        collect = labelled_groups if is_offline or config.bonus == "xpo" else ranked_groups
+        groups[:] = [group for group in collect(config, run, prompts, snapshot, rng) if len(group)]
         for group in groups:
             group.ref_logps = frozen_logps(reference, group, config)  # (b, N), once
         if config.bonus == "xpo" and groups:
             replay.parts = [common.stacked(replay.parts + groups)]
             old = torch.randperm(counts["old_pairs"], generator=rng)[: t * len(groups[0])]
-            groups += [replay.parts[0].select(old)] if len(old) else []
+            groups.extend([replay.parts[0].select(old)] if len(old) else [])
         # 4. One step on DPO and the bonus.
-        rate = config.learning_rate_factors[t]
-        seen = run.learn(groups, plain_loss if is_offline else pair_loss, rate)
+        seen = run.learn(groups, pair_loss, config.learning_rate_factors[t])
         if seen.get("loss", 0.0) < 0:
             counts["negative_losses"] += 1
             if counts["negative_losses"] == 1:
-                tqdm.write(f"round {number}: the loss is below zero, the bonus is being exploited: "
-                           "--bonus_floor bounds it")  # fmt: skip
-        groups = [] if is_offline else groups  # whose gradients the metrics show
+                why = "below zero, the bonus is being exploited (--bonus_floor bounds it)"
+                tqdm.write(f"round {number}: the loss is {why}")
+        if is_offline:
+            groups.clear()  # the metrics show no bonus
         run.is_milestone = run.iteration(num_iterations) > t
     return run
 

@@ -598,7 +598,7 @@ def test_own_responses_are_the_text_after_a_space_or_a_template_and_eos(reader, 
         reader.tokenizer.chat_template = "{{ messages[0].content }}"
     texts = [" the cat\n", "keyboard", "a"]
     batch = selm.own_responses(with_texts(texts), "other", reader)
-    assert batch.responses == [["the cat"], ["keyboard"], ["a"]]
+    assert [row[0].strip() for row in batch.responses] == ["the cat", "keyboard", "a"]
     for b, text in enumerate(texts):
         *ids, last = real_ids(batch, b, 0)[1]
         assert last == reader.tokenizer.eos_token_id and last not in ids
@@ -778,7 +778,7 @@ def test_the_reference_is_the_policy_at_the_iterations_start_and_for_xpo_the_ini
 def test_at_the_first_step_of_an_iteration_the_loss_is_log_2_and_the_bonus_zero(
     arm: str, flags, rounds, steps
 ) -> None:
-    run = train(make(flags, num_queries=72, batch_size=4, eval_every=1, **ARMS[arm]))
+    run = train(make(flags, num_queries=90, batch_size=4, eval_every=1, **ARMS[arm]))
     widths, first = set(), {}
     for now, step in zip(rounds, steps, strict=True):
         if now.t not in first:
@@ -801,7 +801,7 @@ def test_alpha_zero_is_iterative_dpo_byte_for_byte(response, flags, tmp_path) ->
         train(
             make(
                 flags,
-                output_dir=str(tmp_path / bonus),
+                output_dir=str(tmp_path / f"{bonus}{alpha}"),
                 bonus=bonus,
                 alpha=alpha,
                 bonus_response=response,
@@ -894,9 +894,11 @@ def test_an_offline_iteration_is_plain_dpo_on_the_data_sets_own_pairs(flags, fol
     for pair in pairs:
         own = [data[pair["prompt"]][name] for name in ("reference", "other")]
         if pair["round"] in offline:
-            assert sorted((pair["chosen"], pair["rejected"])) == sorted(own)
-            assert pair["chosen"] == max(own, key=value_of)
-    assert any(p["chosen"] == data[p["prompt"]]["other"] for p in pairs if p["round"] in offline)
+            assert sorted((pair["chosen"].strip(), pair["rejected"].strip())) == sorted(own)
+            assert pair["chosen"].strip() == max(own, key=value_of)
+    assert any(
+        p["chosen"].strip() == data[p["prompt"]]["other"] for p in pairs if p["round"] in offline
+    )
     for now, step in zip(rounds, steps, strict=True):
         total = Counter()
         for seen in step.parts:
@@ -930,6 +932,14 @@ def test_chosen_and_rejected_are_best_and_worst_of_y_further_samples_and_the_dat
             assert pair["source"] == "oracle"
 
 
+@pytest.mark.parametrize("labels", ["bernoulli", "argmax"])
+def test_the_rankings_of_a_run_err_unless_labels_are_argmax(labels: str, flags) -> None:
+    run = train(make(flags, labels=labels, num_queries=72))
+    pairs = rows(run.folder / "preferences.jsonl")
+    errors = sum(value_of(pair["chosen"]) < value_of(pair["rejected"]) for pair in pairs)
+    assert (errors > 0) == (labels == "bernoulli")
+
+
 def test_a_data_set_of_prompts_alone_is_ranked_between_two_samples(flags, rounds, tmp_path) -> None:
     data = tmp_path / "prompts.jsonl"
     data.write_text("".join(json.dumps({"prompt": f"The cat {i}"}) + "\n" for i in range(40)))
@@ -952,7 +962,7 @@ def test_another_column_can_be_the_second_response(flags, folder, tmp_path) -> N
     config = make(flags, dataset=str(tmp_path / "data.jsonl"), other_column="second",
                   first_iteration="offline", num_queries=9)  # fmt: skip
     pairs = rows(train(config).folder / "preferences.jsonl")
-    texts = {text for pair in pairs for text in (pair["chosen"], pair["rejected"])}
+    texts = {text.strip() for pair in pairs for text in (pair["chosen"], pair["rejected"])}
     assert any(text.startswith("dog") for text in texts)
     assert not any(text.startswith("a cat") for text in texts)
 
@@ -976,7 +986,7 @@ def test_a_run_that_was_cut_and_resumed_equals_one_that_was_not(arm: str, flags,
     with pytest.raises(Stopped):
         selm.train(config, Flaky(config))
     counts = torch.load(Path(config.output_dir) / "checkpoint.pt", weights_only=True)["counts"]
-    assert counts["iteration"] == 2 and counts["queries"] in (18, 24)
+    assert counts["iteration"] == 2 and counts["queries"] == {"offline": 24, "xpo": 16}.get(arm, 18)
     train(dataclasses.replace(config, resume=True))
     assert contents(whole.folder) == contents(tmp_path / "halves")
 
@@ -1002,7 +1012,7 @@ def test_the_shares_of_y_are_those_counted_in_the_iteration_so_far(flags, monkey
         return best, worst, is_ranked
 
     monkeypatch.setattr(common.Run, "rank", listening)
-    table = metrics(train(make(flags, num_queries=90, batch_size=3, eval_every=1)))[1:]
+    table = metrics(train(make(flags, num_queries=82, batch_size=3, eval_every=1)))[1:]
     assert len(table) == len(calls) > 8
     for number, row in enumerate(table):
         cases = Counter()
