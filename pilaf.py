@@ -22,9 +22,9 @@ scoring passes (teacher-forced, not in the paper's table), and responses that th
   hybrid            one sample of the policy, one of the reference              2, 0, 2
 
 The coin's 1/2 and the token-wise products are approximations. --importance_weights makes the
-gradient that of exact T-PILAF, for free: a pair's loss is weighted by exp(log Z+ + log Z-) of its
-own tokens, 1 in the vanilla half; large beta * KL makes the weights uneven (see
-effective_sample_size). It needs temperature 1; all the theory needs --labels bernoulli.
+gradient that of exact T-PILAF, for free: a pair's loss is weighted by exp(L+ + L-), the normalisers
+of its own tokens, and by 1 in the vanilla half; a large beta * KL makes the weights uneven (see
+effective_sample_size). It needs temperature 1 and c = --beta; the theory, --labels bernoulli.
 
 While policy = reference, pilaf *is* vanilla, so compare samplers from a common start that has
 moved, with the reference where it was:
@@ -83,8 +83,9 @@ class Config(common.Config):
         is_right = not is_pilaf or self.sampler_beta <= 1
         wrong = f"the interpolation needs a beta of at most 1, not {self.sampler_beta}"
         require(is_right, f"{wrong}: --sampler_beta, or --beta")
-        is_right = self.temperature == 1 or not self.importance_weights
-        require(is_right, "--importance_weights needs --temperature 1")
+        is_exact = self.temperature == 1 and self.sampler_beta == self.beta
+        wrong = "--importance_weights needs --temperature 1 and no --sampler_beta but --beta's"
+        require(is_exact or not self.importance_weights, wrong)
         is_right = self.num_iterations or self.num_epochs == 1
         require(is_right, "--num_epochs needs --num_iterations: online pairs are used once")
         is_right = (self.num_iterations or 1) <= self.num_queries
@@ -225,7 +226,7 @@ def own_metrics(config: Config, run: common.Run) -> dict[str, float]:
         metrics["effective_sample_size"] = share = mean**2 / square
         if share < 0.5:
             tqdm.write(f"--importance_weights: the pairs weigh as {share:.0%} of their number: "
-                       "few of them decide; a smaller --sampler_beta helps")  # fmt: skip
+                       "few of them decide; a smaller --beta helps")  # fmt: skip
     return metrics
 
 

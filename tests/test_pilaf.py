@@ -633,7 +633,7 @@ def plain_weights(run: common.Run, batch: Batch, c: list[tuple[float, float]]) -
 
 
 def test_weights_are_those_of_plain_forwards_and_micro_batches_change_nothing(ending) -> None:
-    more = dict(sampler="pilaf", sampler_beta=0.4, importance_weights=True)
+    more = dict(sampler="pilaf", beta=0.4, importance_weights=True)
     whole = loose_run(*ending, **more)
     batch = pilaf.sample(whole.config, whole, prompts_of(), 3)
     c = expected_coefficients(whole, len(batch), 3)
@@ -942,11 +942,7 @@ def test_a_step_weighs_each_pairs_loss_by_its_weight_over_the_mean_of_all_so_far
     monkeypatch, moved_flags, more
 ) -> None:
     seen = watch(monkeypatch)
-    flags = (
-        moved_flags
-        | dict(beta=0.3, sampler_beta=0.2, importance_weights=True, micro_batch_size=3)
-        | more
-    )
+    flags = moved_flags | dict(beta=0.3, importance_weights=True, micro_batch_size=3) | more
     run = pilaf.train(pilaf.Config(**flags))
     weight_of = {}
     for batch, *_ in seen["sampled"]:
@@ -984,7 +980,8 @@ def run_at(run: common.Run, seen: dict, batch: Batch) -> common.Run:
 @pytest.mark.parametrize("sampler", ["pilaf", "vanilla", "hybrid"])
 def test_without_importance_weights_a_step_is_plain_dpo(monkeypatch, moved_flags, sampler) -> None:
     seen = watch(monkeypatch)
-    run = pilaf.train(pilaf.Config(**moved_flags | dict(beta=0.3), sampler=sampler))
+    more = dict(beta=0.3) | (dict(sampler_beta=0.2) if sampler == "pilaf" else {})
+    run = pilaf.train(pilaf.Config(**moved_flags | more, sampler=sampler))
     for step in seen["steps"]:
         for group, logps, ref_logps, losses in step["checks"]:
             assert "weight" not in group.columns
@@ -1011,7 +1008,7 @@ def test_the_effective_sample_size_is_that_of_the_weights_since_the_last_row(
     monkeypatch, moved_flags, capsys
 ) -> None:
     seen = watch(monkeypatch)
-    flags = moved_flags | dict(num_queries=20, eval_every=8, sampler_beta=1.0)
+    flags = moved_flags | dict(num_queries=20, eval_every=8, beta=1.0)
     run = pilaf.train(pilaf.Config(**flags, importance_weights=True))
     table, shares = table_of(run), []
     assert "effective_sample_size" not in table[0] and len(table) == 4
@@ -1128,7 +1125,7 @@ class Flaky(common.Oracle):
     "more",
     [
         {},
-        dict(importance_weights=True, sampler_beta=0.3, eval_every=8),
+        dict(importance_weights=True, beta=0.3, eval_every=8),
         dict(num_iterations=2, num_epochs=2, batch_size=2),
         dict(num_iterations=2, num_epochs=2, batch_size=2, importance_weights=True),
         dict(sampler="best_of_n_oracle", num_candidates=4, num_queries=13, batch_size=2),
@@ -1183,6 +1180,7 @@ def test_a_policy_that_has_moved_starts_with_the_kl_of_plain_forwards(flags, tmp
         (dict(sampler="pilaf", num_candidates=3), ["--num_candidates 3", "pilaf"]),
         (dict(sampler="vanilla", importance_weights=True), ["--importance_weights", "vanilla"]),
         (dict(importance_weights=True, temperature=0.7), ["--importance_weights", "--temperature"]),
+        (dict(importance_weights=True, sampler_beta=0.2), ["--importance_weights", "--beta"]),
         (dict(num_epochs=2), ["--num_epochs", "--num_iterations"]),
         (dict(num_queries=3, num_iterations=4), ["--num_iterations", "--num_queries 3"]),
         (dict(sampler="best"), ["--sampler", "best_of_n_oracle"]),
