@@ -77,6 +77,23 @@ def test_packed_token_logps_equal_plain_ones_token_by_token(model, batch) -> Non
     assert torch.equal(response_logps(model, batch), packed.sum(-1))
 
 
+def test_log_probabilities_of_500_token_responses_agree_with_float64_to_1e_3() -> None:
+    """Sums over 500 tokens, in float32, against plain rows in float64; of a real model's scale."""
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=5000, hidden_size=64, num_hidden_layers=3, num_attention_heads=4)
+    sizes |= dict(intermediate_size=256, max_position_embeddings=1024)
+    config = transformers.AutoConfig.for_model("gpt_neox", **sizes)
+    model = CAUSAL.from_config(config).float().eval()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(10)  # far from uniform
+    batch = make_batch([30, 12], [[500, 480], [500, 3]])
+    with torch.no_grad():
+        logps = response_logps(model, batch)
+        expected = plain_token_logps(model.double(), batch).sum(-1)
+    assert expected.min() < -2000
+    assert (logps - expected).abs().max() < 1e-3
+
+
 @torch.no_grad()
 def test_packed_logits_equal_plain_ones_to_1e_10_in_float64(model, batch) -> None:
     model = copy.deepcopy(model).double()

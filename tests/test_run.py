@@ -181,6 +181,20 @@ def test_evaluation_changes_no_training_number(flags, folder, tmp_path):
     assert a["model.safetensors"] == b["model.safetensors"]
 
 
+def test_more_padding_changes_no_metric(trained):
+    plain, _ = trained.evaluate()
+    prompts = trained.eval_prompts
+    ids, mask = prompts.prompt_ids, prompts.prompt_mask
+    wider = torch.zeros(len(ids), 9, dtype=ids.dtype)
+    ids, mask = torch.cat([wider, ids], 1), torch.cat([wider, mask], 1)
+    wider = dataclasses.replace(prompts, prompt_ids=ids, prompt_mask=mask)
+    wider.select = lambda rows, picks=None: wider if len(rows) == len(wider) else None  # keep it
+    trained.eval_prompts = wider
+    padded, _ = trained.evaluate()
+    assert padded.pop("compared_with") == plain.pop("compared_with")
+    assert padded == pytest.approx(plain, abs=1e-4)
+
+
 def test_evaluation_leaves_the_random_state_and_the_mode_alone(trained):
     state = torch.get_rng_state()
     for mode in (True, False):
