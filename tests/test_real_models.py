@@ -1,6 +1,8 @@
 """Do other families, tokenizers, chat templates and file formats work, in all three scripts?"""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import conftest
@@ -14,6 +16,7 @@ import pilaf
 import sea
 import selm
 
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"sea": sea, "selm": selm, "pilaf": pilaf}
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -121,3 +124,25 @@ def test_prompts_come_from_files_and_folders_of_each_kind(kind, others, tmp_path
     assert len(train) == (20 if kind == "splits" else 15)
     assert train.columns["prompt"][0] == "Why do cats 0?"
     assert train.columns["reference"][0] == "cats 0"
+
+
+def test_the_training_stages_make_a_policy_and_a_reward_model_from_another_base_and_data(
+    others, tmp_path
+):
+    rows = [dict(prompt=f"Why do cats {i}?", completion=f"cats {i}") for i in range(20)]
+    pairs = [dict(prompt=row["prompt"], chosen=row["completion"], rejected="no") for row in rows]
+    for name, table in (("texts", rows), ("pairs", pairs)):
+        datasets.Dataset.from_list(table).to_json(tmp_path / f"{name}.jsonl")
+    make = [sys.executable, str(ROOT / "tiny" / "make.py")]
+    settings = ["--num_steps", "3", "--batch_size", "4", "--max_prompt_length", "64"]
+    for stage, data in (("sft", "texts"), ("reward_model", "pairs")):
+        words = ["--base", others["model"], "--dataset", str(tmp_path / f"{data}.jsonl")]
+        words += ["--output_dir", str(tmp_path / stage), *settings]
+        done = subprocess.run([*make, stage, *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+    made = {"model": str(tmp_path / "sft"), "reward_model": str(tmp_path / "reward_model")}
+    run = pilaf.train(config_of("pilaf", others | made))
+    assert run.oracle.queries == 6
+    before = transformers.AutoModelForCausalLM.from_pretrained(others["model"]).state_dict()
+    after = transformers.AutoModelForCausalLM.from_pretrained(made["model"]).state_dict()
+    assert any(not torch.equal(before[name], after[name]) for name in before)
