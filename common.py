@@ -259,20 +259,23 @@ def packed_layout(
 
     A token sees itself, the prompt's real tokens up to itself, and its own response up to itself.
 
-    Args: prompt_mask (B, P); owner (L,), the response of each token after the prompt; step (L,),
-        its place in that response from 0; num_queries, to get only the mask's last rows Q (else S).
+    Args: prompt_mask (B, P); owner (L,) or (B, L), the response of each token after the prompt;
+        step, alike, its place in that response from 0; num_queries, to get only the mask's last
+        rows Q (else S).
     Returns: mask (B, 1, Q, S) to add to attention scores, 0 or hugely negative, S = P + L; and
         positions (B, S), which count real tokens and restart after the prompt.
     """
-    length = prompt_mask.shape[1]
-    owner = F.pad(owner, (length, 0), value=-1)  # (S,), -1 is the prompt
-    place = torch.cat([torch.arange(length, device=step.device), length + step])  # (S,)
-    is_real = F.pad(prompt_mask.bool(), (0, len(step)), value=True)  # (B, S)
+    size, length = prompt_mask.shape
+    owner, step = owner.expand(size, -1), step.expand(size, -1)  # (B, L)
+    prompt_steps = torch.arange(length, device=step.device).expand(size, -1)  # (B, P)
+    place = torch.cat([prompt_steps, length + step], dim=1)[:, None]  # (B, 1, S)
+    is_real = F.pad(prompt_mask.bool(), (0, step.shape[1]), value=True)[:, None]
+    owner = F.pad(owner, (length, 0), value=-1)[:, None]  # (B, 1, S), -1 is the prompt
     queries = slice(-num_queries or None, None)
-    is_mine = (owner == -1) | (owner == owner[queries, None])  # (Q, S)
-    is_past = place <= place[queries, None]  # (Q, S)
-    itself = torch.eye(len(owner), dtype=torch.bool, device=owner.device)[queries]  # for padding
-    is_visible = (is_mine & is_past & is_real[:, None]) | itself  # (B, Q, S)
+    is_mine = (owner == -1) | (owner == owner[..., queries].mT)  # (B, Q, S)
+    is_past = place <= place[..., queries].mT  # (B, Q, S)
+    itself = torch.eye(owner.shape[-1], dtype=torch.bool, device=owner.device)[queries]
+    is_visible = (is_mine & is_past & is_real) | itself  # (B, Q, S); itself: for padding
     hidden = torch.tensor(torch.finfo(torch.bfloat16).min, dtype=dtype, device=owner.device)
     mask = torch.where(is_visible, torch.zeros_like(hidden), hidden)  # finite in every precision
     prompt_positions = (prompt_mask.cumsum(1) - 1).clamp(min=0)
@@ -281,15 +284,21 @@ def packed_layout(
 
 
 def packed_inputs(
-    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, response_ids: Tensor
-) -> dict[str, Any]:
-    """Arguments of one forward pass over ``prompt | y_1 | ... | y_N``: (B, P) and (B, N, R)."""
-    _, num_responses, length = response_ids.shape
-    owner = torch.arange(num_responses, device=model.device).repeat_interleave(length)
-    step = torch.arange(length, device=model.device).repeat(num_responses)
-    mask, positions = packed_layout(prompt_mask.to(model.device), owner, step, model.dtype)
-    ids = torch.cat([prompt_ids, response_ids.flatten(1)], dim=1).to(model.device)  # (B, P + N R)
-    return dict(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor
+) -> tuple[dict[str, Any], Tensor]:
+    """Arguments of one forward pass over ``prompt | y_1 | ... | y_N``, without the padding between
+    responses: (B, P), (B, P), response ids and mask (B, N, R).
+
+    Also returns the row's L response tokens by their number in the flattened (N R), as (B, L): the
+    real ones in order, then, in rows that have fewer than others, padding.
+    """
+    order = mask.flatten(1).argsort(dim=1, descending=True, stable=True)  # real tokens first
+    order = order[:, : int(mask.sum((1, 2)).max())].to(model.device)  # (B, L)
+    owner, step = order // ids.shape[-1], order % ids.shape[-1]
+    attention, positions = packed_layout(prompt_mask.to(model.device), owner, step, model.dtype)
+    ids = torch.cat([prompt_ids, ids.flatten(1).gather(1, order.cpu())], dim=1).to(model.device)
+    inputs = dict(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
+    return inputs, order
 
 
 def autocast(device: torch.device) -> torch.autocast:
@@ -306,14 +315,17 @@ def token_logps(model: nn.Module, batch: Batch) -> Tensor:
     ids, mask = batch.response_ids.to(model.device), batch.response_mask.to(model.device)
     if not mask.any(-1).all():
         raise ValueError("a response without a token: even an empty text has its EOS")
-    inputs = packed_inputs(model, batch.prompt_ids, batch.prompt_mask, batch.response_ids[..., :-1])
-    num_predictions = 1 + ids[0, :, 1:].numel()  # the LM head skips the rest of the prompt
-    with autocast(model.device):
-        logits = model(**inputs, logits_to_keep=num_predictions).logits.float()  # (B, 1+N(R-1), V)
-    normaliser = logits.logsumexp(-1)  # (B, 1 + N (R - 1))
+    sources = batch.response_ids[..., :-1], batch.response_mask[..., 1:]  # y_{t-1}, if there is y_t
+    inputs, order = packed_inputs(model, batch.prompt_ids, batch.prompt_mask, *sources)
+    with autocast(model.device):  # the LM head skips the rest of the prompt
+        logits = model(**inputs, logits_to_keep=1 + order.shape[1]).logits.float()  # (B, 1+L, V)
+    normaliser = logits.logsumexp(-1)  # (B, 1 + L)
     first = logits[:, 0].gather(1, ids[..., 0]) - normaliser[:, :1]  # (B, N)
-    later = logits[:, 1:].gather(2, ids[..., 1:].flatten(1)[..., None])[..., 0] - normaliser[:, 1:]
-    return torch.cat([first[..., None], later.view_as(ids[..., 1:])], dim=-1) * mask  # (B, N, R)
+    targets = ids[..., 1:].flatten(1).gather(1, order)  # (B, L)
+    later = logits[:, 1:].gather(2, targets[..., None])[..., 0] - normaliser[:, 1:]  # (B, L)
+    later = torch.zeros_like(ids[..., 1:], dtype=later.dtype).flatten(1).scatter(1, order, later)
+    later = later.view_as(ids[..., 1:])  # (B, N, R - 1)
+    return torch.cat([first[..., None], later], dim=-1) * mask  # (B, N, R)
 
 
 def response_logps(model: nn.Module, batch: Batch) -> Tensor:
@@ -331,27 +343,33 @@ def frozen_logps(model: nn.Module, batch: Batch, config: Config) -> Tensor:
 class PackedDecoder:
     """Next-token logits of N responses a prompt, on one key/value cache a prompt.
 
-    The prompt fills the cache once; each step then feeds the N newest tokens of a prompt as one row
-    of N queries, and no cache is expanded. Slower than an expanded cache only where N x R is much
-    longer than the prompt (measured: 0.8 times at P = 50, N = 20, R = 128; 4.3 at R = 14).
+    The prompt fills the cache once; each step then feeds the newest tokens of a prompt's open
+    responses as one row of queries: no cache is expanded, and what has ended costs nothing more.
+    Slower than an expanded cache only where N x R is much longer than the prompt.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, num_responses: int) -> None:
-        self.model, self.cache, self.num_steps = model, transformers.DynamicCache(), 0
+        self.model, self.cache = model, transformers.DynamicCache()
+        self.num_responses, self.num_steps = num_responses, 0
         self.prompt_ids = batch.prompt_ids.to(model.device)
         self.prompt_mask = batch.prompt_mask.to(model.device)
-        self.responses = torch.arange(num_responses, device=model.device)
+        self.owner = self.step = self.prompt_ids[:, :0]  # (B, L), of the tokens in the cache
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor | None) -> Tensor:
-        """The newest tokens (B, N), or None at the start -> logits (B, N, V) in float32."""
-        ids = self.prompt_ids if tokens is None else tokens
-        steps = torch.arange(self.num_steps, device=ids.device)
-        owner = self.responses.repeat(len(steps))  # the cache grows by N tokens a step
-        step = steps.repeat_interleave(len(self.responses))
-        dtype, num_new = self.model.dtype, ids.shape[1]
-        mask, positions = packed_layout(self.prompt_mask, owner, step, dtype, num_new)
-        self.num_steps += 1
+        """The newest tokens (B, N), -1 where a response has ended, or None at the start -> logits
+        (B, N, V) in float32, which mean nothing where a response has ended."""
+        ids = self.prompt_ids
+        if tokens is not None:
+            is_open = tokens >= 0
+            fed = is_open.int().argsort(dim=1, descending=True, stable=True)  # open ones first
+            fed = fed[:, : max(1, int(is_open.sum(1).max()))]  # (B, n), ended ones fill up rows
+            ids = tokens.gather(1, fed).clamp(min=0)  # (B, n)
+            self.owner = torch.cat([self.owner, fed], dim=1)
+            self.step = torch.cat([self.step, torch.full_like(fed, self.num_steps)], dim=1)
+            self.num_steps += 1
+        num_new, layout = ids.shape[1], (self.prompt_mask, self.owner, self.step)
+        mask, positions = packed_layout(*layout, self.model.dtype, num_new)
         with autocast(ids.device):
             logits = self.model(
                 ids,
@@ -360,8 +378,11 @@ class PackedDecoder:
                 past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1 if tokens is None else num_new,
-            ).logits
-        return logits.float().expand(-1, len(self.responses), -1)
+            ).logits.float()  # (B, 1 or n, V)
+        if tokens is None:
+            return logits.expand(-1, self.num_responses, -1)
+        full = logits.new_zeros(*tokens.shape, logits.shape[-1])  # (B, N, V)
+        return full.scatter(1, fed[..., None].expand_as(logits), logits)
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
@@ -385,10 +406,11 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Ids and mask, (B, N, R), of responses drawn from what `next_logits` says.
 
-    `next_logits` takes the newest tokens (B, N), or None at the start, and returns (B, N, V), as a
-    `PackedDecoder` does. `uniforms` (B, N, R), drawn up front, hold one number for each token that
-    may come: neither early stops nor micro-batches, padding or device can shift the stream. A
-    response ends with EOS if it was drawn; one cut off at R tokens gets none.
+    `next_logits` takes the newest tokens (B, N), -1 where a response has ended, or None at the
+    start, and returns (B, N, V), as a `PackedDecoder` does. `uniforms` (B, N, R), drawn up front,
+    hold one number for each token that may come: neither early stops nor micro-batches, padding or
+    device can shift the stream. A response ends with EOS if it was drawn; one cut off at R tokens
+    gets none.
     """
     ids = torch.full(uniforms.shape, eos_token_id, device=uniforms.device)
     mask = torch.zeros_like(ids)
@@ -400,6 +422,7 @@ def generate(
         is_open = is_open & (tokens != eos_token_id)
         if not is_open.any():
             break
+        tokens = torch.where(is_open, tokens, -1)
     return ids, mask
 
 
@@ -519,7 +542,8 @@ def packing_error(model: nn.Module, num_prompt_tokens: int, num_response_tokens:
     with torch.no_grad():
         plain = model(plain_ids)[0][:, num_prompt_tokens:].flatten(0, 1)  # (2 R, V or D)
         try:
-            packed = model(**packed_inputs(model, padded, mask, responses))[0][0, padded.shape[1] :]
+            inputs, _ = packed_inputs(model, padded, mask, responses, torch.ones_like(responses))
+            packed = model(**inputs)[0][0, padded.shape[1] :]
         except (TypeError, ValueError, RuntimeError, IndexError):
             return math.inf
     return ((packed - plain).abs().max() / plain.std()).item()

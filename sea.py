@@ -197,10 +197,12 @@ class EpistemicRewardModel(nn.Module):
 
 def packed_features(backbone: nn.Module, batch: Batch) -> Tensor:
     """Last hidden state at each response's last token, (B, N, D), read from packed rows."""
-    _, num, length = batch.response_ids.shape
-    inputs = packed_inputs(backbone, batch.prompt_ids, batch.prompt_mask, batch.response_ids)
-    states = backbone(**inputs)[0][:, -num * length :]  # (B, N R, D)
-    last = batch.response_mask.sum(-1) - 1 + torch.arange(num) * length  # (B, N)
+    mask = batch.response_mask
+    inputs, order = packed_inputs(
+        backbone, batch.prompt_ids, batch.prompt_mask, batch.response_ids, mask
+    )
+    states = backbone(**inputs)[0][:, -order.shape[1] :]  # (B, L, D)
+    last = mask.sum(-1).cumsum(1) - 1  # (B, N), of the real tokens in order
     return states[torch.arange(len(batch))[:, None], last].float()
 
 

@@ -97,7 +97,8 @@ def test_log_probabilities_of_500_token_responses_agree_with_float64_to_1e_3() -
 @torch.no_grad()
 def test_packed_logits_equal_plain_ones_to_1e_10_in_float64(model, batch) -> None:
     model = copy.deepcopy(model).double()
-    inputs = packed_inputs(model, batch.prompt_ids, batch.prompt_mask, batch.response_ids)
+    full = torch.ones_like(batch.response_mask)  # padding too: each token at its own place
+    inputs, _ = packed_inputs(model, batch.prompt_ids, batch.prompt_mask, batch.response_ids, full)
     packed = model(**inputs).logits  # (B, P + N R, V)
     num_prompt_tokens, length = max(PROMPTS), batch.response_ids.shape[-1]
     for b, n in itertools.product(range(3), range(3)):
@@ -223,6 +224,18 @@ def test_mask_and_positions_equal_a_loop_over_the_definition(order: str, num_que
                 assert sees or mask[b, 0, query, s] < -1e30
 
 
+@torch.no_grad()
+def test_a_row_holds_its_real_tokens_in_order_and_padding_only_to_fill_up(model, batch) -> None:
+    sources = batch.response_ids, batch.response_mask
+    inputs, order = packed_inputs(model, batch.prompt_ids, batch.prompt_mask, *sources)
+    sizes = batch.response_mask.sum((1, 2)).tolist()
+    assert order.shape == (3, max(sizes)) and max(sizes) < batch.response_ids[0].numel()
+    for b, size in enumerate(sizes):
+        kept = [token for n in range(3) for token in real_ids(batch, b, n)[1]]
+        assert inputs["input_ids"][b, max(PROMPTS) :][:size].tolist() == kept
+        assert batch.response_mask[b].flatten()[order[b, size:]].sum() == 0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_mask_is_finite_in_every_precision(dtype: torch.dtype) -> None:
     ones = torch.ones(1, 3, dtype=torch.long)
@@ -231,7 +244,8 @@ def test_the_mask_is_finite_in_every_precision(dtype: torch.dtype) -> None:
 
 
 def test_the_packed_row_is_the_prompt_then_the_responses_in_order(model, batch) -> None:
-    inputs = packed_inputs(model, batch.prompt_ids, batch.prompt_mask, batch.response_ids)
+    full = torch.ones_like(batch.response_mask)  # padding too: each token at its own place
+    inputs, _ = packed_inputs(model, batch.prompt_ids, batch.prompt_mask, batch.response_ids, full)
     for b in range(3):
         row = batch.prompt_ids[b].tolist() + sum(batch.response_ids[b].tolist(), [])
         assert inputs["input_ids"][b].tolist() == row
@@ -333,8 +347,29 @@ def test_a_response_ends_with_its_eos_and_one_cut_at_r_tokens_gets_none() -> Non
     assert mask.tolist() == [[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 1, 1, 1], [1, 1, 1, 1]]]
     assert calls[0] is None and len(calls) == 4
     assert [call.tolist() for call in calls[1:]] == [
-        [[3, 9], [1, 1]], [[4, 9], [2, 2]], [[9, 9], [3, 3]],
+        [[3, -1], [1, 1]], [[4, -1], [2, 2]], [[-1, -1], [3, 3]],
     ]  # fmt: skip
+
+
+def test_a_decoder_feeds_no_response_that_has_ended_but_to_fill_up_a_row(model, batch) -> None:
+    """Its logits for the open ones are those of a decoder that is told of no end."""
+    sizes, plain = [], PackedDecoder(model, batch, 4)
+    decoder = PackedDecoder(model, batch, 4)
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: sizes.append(args[0].shape[1])
+    )
+    try:
+        decoder(None), plain(None)
+        rng, is_open = torch.Generator().manual_seed(0), torch.ones(len(batch), 4).bool()
+        for closed in ([], [(0, 1), (1, 1)], [(0, 0), (1, 3), (2, 2)], [(0, 2), (0, 3)]):
+            for b, n in closed:
+                is_open[b, n] = False
+            tokens = torch.randint(1, 300, is_open.shape, generator=rng)
+            found = decoder(torch.where(is_open, tokens, -1))
+            torch.testing.assert_close(found[is_open], plain(tokens)[is_open], rtol=1e-4, atol=1e-4)
+    finally:
+        hook.remove()
+    assert sizes[2::2] == [4, 4, 3, 3]  # prompt 2 has four open ones at first, then three
 
 
 def test_generation_stops_when_every_response_has_ended() -> None:

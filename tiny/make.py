@@ -3,6 +3,11 @@
 
     python tiny/make.py      # 31 minutes on one of two busy cores; no GPU, no network
 
+The same two training stages on models and data of your own, for instance a triple of 160M weights:
+
+    python tiny/make.py sft --base EleutherAI/pythia-160m --dataset trl-lib/tldr --output_dir sft
+    python tiny/make.py reward_model --base sft --dataset trl-lib/tldr-preference --output_dir rm
+
 The papers' pipeline, a thousand times smaller, in the order in which one runs it:
 
 0. Data. A grammar writes Reddit posts in the TL;DR format and two mediocre summaries of each, as
@@ -18,7 +23,9 @@ The papers' pipeline, a thousand times smaller, in the order in which one runs i
 
 The two training functions know nothing of this world: any causal language model or any sequence
 classifier with one label, any data set, on the model's device. All is seeded: the data come out
-byte for byte, the weights on the same machine and torch version (one thread is used).
+byte for byte, the weights on the same machine and torch version (one thread is used). Those that
+are shipped were made by the project's commit 6175f61; since then common.py adds up in another
+order (no padding between responses), which rounds otherwise.
 
 What came out: SFT samples win 45 % against the references, 1 % of them are near-best; the oracle
 agrees with gold on 93 % of pairs of SFT samples; heads on the backbone with the oracle on 80 %.
@@ -41,6 +48,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import (
@@ -55,6 +63,7 @@ from transformers import (
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))  # so that `python tiny/make.py` finds common.py
 
+import common  # noqa: E402
 from common import (  # noqa: E402
     Batch,
     PackedDecoder,
@@ -74,81 +83,227 @@ MAX_NEW_TOKENS = 28  # the longest summary of a person has 26
 TOPICS: dict[str, tuple[list[str], list[str]]] = {
     "pets": (
         ["my cat", "my dog", "my parrot", "my hamster", "my goat", "my tortoise"],
-        ["ate my diploma", "stole my sandwich", "adopted a pigeon",
-         "hid my glasses", "ordered a pizza", "unplugged the fridge"],
+        [
+            "ate my diploma",
+            "stole my sandwich",
+            "adopted a pigeon",
+            "hid my glasses",
+            "ordered a pizza",
+            "unplugged the fridge",
+        ],
     ),
     "roommates": (
-        ["my roommate", "my landlord", "the new tenant", "the guy upstairs", "my plumber",
-         "the babysitter"],
-        ["painted the toaster", "labeled every egg", "bathed in soup",
-         "married a lamp", "ironed my pancakes", "rented my closet"],
+        [
+            "my roommate",
+            "my landlord",
+            "the new tenant",
+            "the guy upstairs",
+            "my plumber",
+            "the babysitter",
+        ],
+        [
+            "painted the toaster",
+            "labeled every egg",
+            "bathed in soup",
+            "married a lamp",
+            "ironed my pancakes",
+            "rented my closet",
+        ],
     ),
     "dating": (
         ["my boyfriend", "my girlfriend", "my ex", "my crush", "my blind date", "my pen pal"],
-        ["proposed by fax", "forgot my name", "brought a lawyer",
-         "sent me an invoice", "kissed a scarecrow", "serenaded my mother"],
+        [
+            "proposed by fax",
+            "forgot my name",
+            "brought a lawyer",
+            "sent me an invoice",
+            "kissed a scarecrow",
+            "serenaded my mother",
+        ],
     ),
     "office": (
         ["my boss", "the intern", "our accountant", "my coworker", "the janitor", "our CEO"],
-        ["promoted a houseplant", "microwaved a fish", "fired the printer",
-         "napped on the copier", "emailed the Pope", "wrestled a chair"],
+        [
+            "promoted a houseplant",
+            "microwaved a fish",
+            "fired the printer",
+            "napped on the copier",
+            "emailed the Pope",
+            "wrestled a chair",
+        ],
     ),
     "gardening": (
         ["my neighbor", "a raccoon", "the mailman", "a garden gnome", "the mayor", "my nephew"],
-        ["dug up my tulips", "watered my plastic fern", "knighted a turnip",
-         "kidnapped my flamingo", "mowed the carpet", "hugged a cactus"],
+        [
+            "dug up my tulips",
+            "watered my plastic fern",
+            "knighted a turnip",
+            "kidnapped my flamingo",
+            "mowed the carpet",
+            "hugged a cactus",
+        ],
     ),
     "cooking": (
         ["my grandma", "my uncle", "my stepdad", "the chef", "the food critic", "my twin"],
-        ["salted the ice cream", "boiled my watch", "fried a salad", "insulted my lasagna",
-         "dropped the turkey", "cried into the stew"],
+        [
+            "salted the ice cream",
+            "boiled my watch",
+            "fried a salad",
+            "insulted my lasagna",
+            "dropped the turkey",
+            "cried into the stew",
+        ],
     ),
     "travel": (
         ["our guide", "the pilot", "the conductor", "a tourist", "my seatmate", "the captain"],
-        ["lost the map", "befriended a moose", "fought a seagull",
-         "missed the volcano", "bought a submarine", "swam in gravy"],
+        [
+            "lost the map",
+            "befriended a moose",
+            "fought a seagull",
+            "missed the volcano",
+            "bought a submarine",
+            "swam in gravy",
+        ],
     ),
     "weddings": (
         ["the groom", "the bride", "the best man", "the priest", "the florist", "my cousin"],
-        ["fainted into the cake", "rapped the vows", "invited a llama", "swallowed the ring",
-         "wore roller skates", "auctioned the presents"],
+        [
+            "fainted into the cake",
+            "rapped the vows",
+            "invited a llama",
+            "swallowed the ring",
+            "wore roller skates",
+            "auctioned the presents",
+        ],
     ),
     "school": (
-        ["my teacher", "the principal", "my lab partner", "the librarian", "my professor",
-         "the lunch lady"],
-        ["graded my lunch", "cloned a frog", "lectured a mop", "banned the color green",
-         "hypnotized the class", "juggled the exams"],
+        [
+            "my teacher",
+            "the principal",
+            "my lab partner",
+            "the librarian",
+            "my professor",
+            "the lunch lady",
+        ],
+        [
+            "graded my lunch",
+            "cloned a frog",
+            "lectured a mop",
+            "banned the color green",
+            "hypnotized the class",
+            "juggled the exams",
+        ],
     ),
     "haunted": (
         ["the ghost", "a vampire", "a poltergeist", "the mummy", "a werewolf", "the wizard"],
-        ["folded my laundry", "drank my shampoo", "alphabetized my spices", "asked for rent",
-         "fed the goldfish", "haunted my toothbrush"],
+        [
+            "folded my laundry",
+            "drank my shampoo",
+            "alphabetized my spices",
+            "asked for rent",
+            "fed the goldfish",
+            "haunted my toothbrush",
+        ],
     ),
 }
 
 DETAILS: dict[str, list[str]] = {
-    "when": ["last night", "this morning", "at midnight", "at dawn", "on Monday",
-             "on my birthday", "during lunch", "before breakfast"],
-    "where": ["in the elevator", "on the roof", "at the library", "behind the shed",
-              "in the sauna", "on the bus", "at the bakery", "under the stairs"],
-    "feeling": ["furious", "thrilled", "heartbroken", "relieved", "jealous", "proud",
-                "embarrassed", "delighted"],
-    "cost": ["40 dollars", "900 dollars", "my deposit", "half my salary", "two chickens",
-             "one shoe", "all my cheese", "three cookies"],
-    "excuse": ["it was art", "it was Tuesday", "the moon insisted", "a podcast said so",
-               "nobody was looking", "gravity is rude", "pants are optional",
-               "science demanded it"],
-    "plan": ["move out", "stay calm", "call my mom", "write a poem", "buy a lock",
-             "hire a detective", "become a monk", "apologize first"],
+    "when": [
+        "last night",
+        "this morning",
+        "at midnight",
+        "at dawn",
+        "on Monday",
+        "on my birthday",
+        "during lunch",
+        "before breakfast",
+    ],
+    "where": [
+        "in the elevator",
+        "on the roof",
+        "at the library",
+        "behind the shed",
+        "in the sauna",
+        "on the bus",
+        "at the bakery",
+        "under the stairs",
+    ],
+    "feeling": [
+        "furious",
+        "thrilled",
+        "heartbroken",
+        "relieved",
+        "jealous",
+        "proud",
+        "embarrassed",
+        "delighted",
+    ],
+    "cost": [
+        "40 dollars",
+        "900 dollars",
+        "my deposit",
+        "half my salary",
+        "two chickens",
+        "one shoe",
+        "all my cheese",
+        "three cookies",
+    ],
+    "excuse": [
+        "it was art",
+        "it was Tuesday",
+        "the moon insisted",
+        "a podcast said so",
+        "nobody was looking",
+        "gravity is rude",
+        "pants are optional",
+        "science demanded it",
+    ],
+    "plan": [
+        "move out",
+        "stay calm",
+        "call my mom",
+        "write a poem",
+        "buy a lock",
+        "hire a detective",
+        "become a monk",
+        "apologize first",
+    ],
 }
 
-TITLES = ["Need advice about {who}", "Am I wrong here?", "HELP, what do I do now?",
-          "{who} has gone too far", "Is this normal?", "I can't believe {who}",
-          "You won't believe this", "Update on {who}", "Serious question", "{who}, AGAIN"]
-INTROS = ["Okay, so", "True story:", "I swear,", "Picture this:", "First post here.",
-          "I am NOT making this up:", "Throwaway account.", "No joke,", ""]
-OUTROS = ["Thoughts?", "Please advise.", "Thanks for reading!", "I need a nap.", "Send snacks.",
-          "What a week!", "", "", ""]
+TITLES = [
+    "Need advice about {who}",
+    "Am I wrong here?",
+    "HELP, what do I do now?",
+    "{who} has gone too far",
+    "Is this normal?",
+    "I can't believe {who}",
+    "You won't believe this",
+    "Update on {who}",
+    "Serious question",
+    "{who}, AGAIN",
+]
+INTROS = [
+    "Okay, so",
+    "True story:",
+    "I swear,",
+    "Picture this:",
+    "First post here.",
+    "I am NOT making this up:",
+    "Throwaway account.",
+    "No joke,",
+    "",
+]
+OUTROS = [
+    "Thoughts?",
+    "Please advise.",
+    "Thanks for reading!",
+    "I need a nap.",
+    "Send snacks.",
+    "What a week!",
+    "",
+    "",
+    "",
+]
 
 # How a post states a detail; when and where may also stand in the main sentence.
 POST_SENTENCES: dict[str, list[str]] = {
@@ -156,8 +311,11 @@ POST_SENTENCES: dict[str, list[str]] = {
     "where": ["It happened {}.", "Yes, {}, in public."],
     "feeling": ["I am {}.", "Honestly, I feel {}.", "You could say I am {}."],
     "cost": ["It cost me {}.", "I lost {} over this.", "The damage: {}!"],
-    "excuse": ["The excuse? Apparently {}.", "The official reason is that {}.",
-               "I was told that {}."],
+    "excuse": [
+        "The excuse? Apparently {}.",
+        "The official reason is that {}.",
+        "I was told that {}.",
+    ],
     "plan": ["Should I {}?", "My sister says I should {}.", "I might just {}."],
 }
 
@@ -173,8 +331,15 @@ SUMMARY_SENTENCES: dict[str, list[str]] = {
 VAGUE_WHO = ["someone", "somebody"]
 VAGUE_DEED = ["did something odd", "crossed a line", "is at it again"]
 OPENERS = ["So", "Basically,", "Long story short,", "Well, this is awkward, but", "So anyway,"]
-CLOSERS = ["Send help", "What a mess", "Advice welcome", "I need a nap", "Never again",
-           "Am I wrong?", "That is all"]
+CLOSERS = [
+    "Send help",
+    "What a mess",
+    "Advice welcome",
+    "I need a nap",
+    "Never again",
+    "Am I wrong?",
+    "That is all",
+]
 
 # ---------------------------------------------------------------- posts and people's summaries
 
@@ -630,11 +795,58 @@ def rewards(
     return model(input_ids=ids, attention_mask=mask).logits[:, 0]  # (B,)
 
 
+def train_stage(flags: argparse.Namespace) -> None:
+    """One stage alone, `sft` or `reward_model`, from another base model and data set."""
+    columns = {"prompt_column": flags.prompt_column, "reference_column": flags.response_column}
+    config = common.Config(
+        model=flags.base, dataset=flags.dataset, max_prompt_length=flags.max_prompt_length,
+        chat_template="off", **columns,
+    )  # fmt: skip
+    tokenizer = common.load_pretrained(transformers.AutoTokenizer, flags.base, "base")
+    rows = common.load_prompts(config, tokenizer)[0].columns
+    options = dict(dtype=torch.float32, local_files_only=common.is_path(flags.base, "base"))
+    wanted = ("reference",) if flags.stage == "sft" else ("chosen", "rejected")
+    common.require(set(wanted) <= rows.keys(), f"--dataset has no columns {', '.join(wanted)}")
+    settings = dict(
+        learning_rate=flags.learning_rate, batch_size=flags.batch_size, num_steps=flags.num_steps,
+        seed=flags.seed,
+    )  # fmt: skip
+    if flags.stage == "sft":
+        model = transformers.AutoModelForCausalLM.from_pretrained(flags.base, **options)
+        responses = [[text] for text in rows["reference"]]
+        train_sft(model.to(config.device), tokenizer, rows["prompt"], responses, **settings)
+    else:  # the head is new
+        options |= dict(num_labels=1, pad_token_id=tokenizer.pad_token_id)
+        auto_class = transformers.AutoModelForSequenceClassification
+        model = auto_class.from_pretrained(flags.base, **options).to(config.device)
+        train_reward_model(
+            model, tokenizer, *(rows[name] for name in ("prompt", *wanted)), **settings
+        )
+    model.save_pretrained(flags.output_dir)
+    tokenizer.save_pretrained(flags.output_dir)
+    print(f"done: --{'model' if flags.stage == 'sft' else 'reward_model'} {flags.output_dir}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Make the miniature world of this folder.")
+    stages = ["world", "sft", "reward_model"]
+    parser.add_argument("stage", nargs="?", choices=stages, default="world", help="all, or one")
     parser.add_argument("--output_dir", type=Path, default=FOLDER, help="default: this folder")
     parser.add_argument("--seed", type=int, default=0)
+    alone = parser.add_argument_group("for sft and reward_model, on models and data of your own")
+    alone.add_argument("--base", help="a causal language model: a folder or a hub id")
+    alone.add_argument("--dataset", help="a folder, a json, jsonl, csv, parquet file, or a hub id")
+    alone.add_argument("--prompt_column", default="prompt")
+    alone.add_argument("--response_column", default="completion", help="of sft")
+    alone.add_argument("--max_prompt_length", type=int, default=512)
+    alone.add_argument("--learning_rate", type=float, default=1e-5)
+    alone.add_argument("--batch_size", type=int, default=16)
+    alone.add_argument("--num_steps", type=int, default=5000)
     flags = parser.parse_args()
+    if flags.stage != "world":
+        if not (flags.base and flags.dataset and flags.output_dir != FOLDER):
+            parser.error(f"{flags.stage} needs --base, --dataset and --output_dir")
+        return train_stage(flags)
     flags.output_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # more threads round sums differently, which makes other weights
     torch.manual_seed(flags.seed)
@@ -683,4 +895,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except common.UserError as error:
+        sys.exit(f"error: {error}")

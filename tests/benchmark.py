@@ -1,0 +1,287 @@
+"""How fast is it, next to something? `python tests/benchmark.py` prints a table, one row a ratio.
+
+Both sides of a row run in this process, alternating, on the same models, data, lengths and threads;
+a figure is the median of --repeats, behind it the smallest and the largest. What this machine
+cannot measure (no GPU, no TRL: `pip install -r tests/benchmark-requirements.txt`) says so.
+
+    python tests/benchmark.py                    # 10 minutes on two CPU cores
+    python tests/benchmark.py --only generate    # rows whose name has this in it
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import pilaf  # noqa: E402
+import sea  # noqa: E402
+import selm  # noqa: E402
+
+Seconds = list[float]
+
+
+def compare(repeats: int, *sides: Callable[[], float]) -> list[Seconds]:
+    """Seconds of each side, taken in turns so that a busy moment hits all of them."""
+    for side in sides:
+        side()  # warm up
+    rounds = [[side() for side in sides] for _ in range(repeats)]
+    return [list(seconds) for seconds in zip(*rounds, strict=True)]
+
+
+def timed(function: Callable, device: str) -> Callable[[], float]:
+    def run() -> float:
+        start = time.perf_counter()
+        function()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return run
+
+
+def row(name: str, ours: Seconds, other: Seconds, against: str, target: str = "") -> None:
+    """The ratio other / ours (how many times faster), of medians; and the spread of ours."""
+    ratio = statistics.median(other) / statistics.median(ours)
+    spread = f"{min(ours):.3f}-{max(ours):.3f} s"
+    cells = (name, f"{statistics.median(ours):.3f} s ({spread})", against)
+    print(
+        "|", " | ".join((*cells, f"{statistics.median(other):.3f} s", f"{ratio:.2f}", target)), "|"
+    )
+    sys.stdout.flush()
+
+
+# ------------------------------------------------------------------ whole rounds
+
+
+def train_quietly(script, **flags) -> common.Run:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()):
+            flags = {"eval_prompts": 1, "eval_every": 10**6, "checkpoint_every": 10**6} | flags
+            config = script.Config(output_dir=f"{folder}/run", **flags)
+            return script.train(config)
+
+
+def seconds_a_round(script, phase: str | None = None, **flags) -> float:
+    """Of a run without its evaluations and its start; or of one phase."""
+    run = train_quietly(script, **flags)
+    phases = [phase] if phase else set(run.seconds) - {"evaluation"}
+    return sum(run.seconds[name] for name in phases) / run.counts["rounds"]
+
+
+def phases(script, **flags) -> str:
+    run = train_quietly(script, **flags)
+    total = sum(seconds for name, seconds in run.seconds.items() if name != "evaluation")
+    shares = {name: s / total for name, s in run.seconds.items() if name != "evaluation"}
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+
+
+def rounds(args: argparse.Namespace) -> None:
+    flags = dict(device=args.device, num_queries=320)
+    passive = dict(explore="passive", **flags)
+    ours, other = compare(
+        args.repeats,
+        lambda: seconds_a_round(sea, burn_in=0, **flags),
+        lambda: seconds_a_round(sea, **passive),
+    )
+    row("SEA, 20 candidates, 20 heads: a round", ours, other, "passive", ">= 0.33")
+    ours, other = compare(
+        args.repeats,
+        lambda: seconds_a_round(pilaf, **flags),
+        lambda: seconds_a_round(pilaf, sampler="vanilla", **flags),
+    )
+    row("PILAF: a round", ours, other, "vanilla")
+    ours, other = compare(
+        args.repeats,
+        lambda: seconds_a_round(pilaf, "generate", beta=0.1, **flags),
+        lambda: seconds_a_round(pilaf, "generate", sampler="vanilla", **flags),
+    )
+    row("PILAF: generation", ours, other, "vanilla", ">= 0.59")
+
+
+def trl_seconds_a_round(args: argparse.Namespace, num_rounds: int) -> float:
+    """A training step of TRL's OnlineDPOTrainer on the same policy, oracle, batch and lengths."""
+    from datasets import Dataset
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    config = sea.Config(explore="passive", device=args.device)
+    policy, ref_model, tokenizer = common.load_policies(config)
+    oracle, times = common.Oracle(config), []
+    prompts, _ = common.load_prompts(config, tokenizer)
+
+    def reward(prompts: list[str], completions: list[str], **_: object) -> list[float]:
+        return oracle.score(prompts, [[text.strip()] for text in completions])[:, 0].tolist()
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *_: object, **__: object) -> None:
+            times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        settings = OnlineDPOConfig(
+            output_dir=folder, max_steps=num_rounds + 3, learning_rate=config.learning_rate,
+            per_device_train_batch_size=config.batch_size, max_new_tokens=config.max_new_tokens,
+            max_length=config.max_prompt_length + config.max_new_tokens, beta=config.beta,
+            temperature=1.0, top_k=0, top_p=1.0, use_vllm=False, bf16=args.device != "cpu",
+            use_cpu=args.device == "cpu", save_strategy="no", report_to=[], disable_tqdm=True,
+            logging_strategy="no", gradient_checkpointing=False, dataloader_pin_memory=False,
+        )  # fmt: skip
+        columns = {"prompt": prompts.columns["prompt"][:1000]}
+        OnlineDPOTrainer(
+            model=policy, ref_model=ref_model, reward_funcs=reward, args=settings,
+            train_dataset=Dataset.from_dict(columns), processing_class=tokenizer,
+            callbacks=[Clock()],
+        ).train()  # fmt: skip
+    return (times[-1] - times[2]) / (len(times) - 3)
+
+
+def against_trl(args: argparse.Namespace) -> None:
+    try:
+        import trl  # noqa: F401
+    except ImportError:
+        print("| passive online DPO, 16 labels | not measured: no TRL here | | | | |")
+        return
+    ours, other = compare(
+        args.repeats,
+        lambda: seconds_a_round(sea, explore="passive", device=args.device, num_queries=320),
+        lambda: trl_seconds_a_round(args, 20),
+    )
+    row("passive online DPO: 16 labels", ours, other, "TRL OnlineDPOTrainer", ">= 5")
+
+
+# ------------------------------------------------------------------ generation, log-probabilities
+
+
+def random_prompts(policy, size: int, length: int) -> common.Batch:
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, policy.config.vocab_size, (size, length), generator=rng)
+    none = torch.zeros(size, 0, 0, dtype=torch.long)
+    columns = {"prompt": [""] * size}
+    return common.Batch(columns, ids, torch.ones_like(ids), [[]] * size, none, none)
+
+
+def generation(args: argparse.Namespace) -> None:
+    """All responses run to full length: no EOS on either side."""
+    config = sea.Config(device=args.device, max_prompt_length=400, max_new_tokens=53)
+    policy, _, tokenizer = common.load_policies(config)
+    for num in (2, 8, 20):
+        for prompt_length, length in ((50, 14), (50, 53), (400, 14), (400, 53)):
+            prompts = random_prompts(policy, args.batch_size, prompt_length)
+            uniforms = torch.rand(args.batch_size, num, length).to(args.device)
+            options = dict(
+                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
+                max_new_tokens=length, num_return_sequences=num, pad_token_id=0,
+            )  # fmt: skip
+            inputs = dict(
+                input_ids=prompts.prompt_ids.to(args.device),
+                attention_mask=prompts.prompt_mask.to(args.device),
+            )
+
+            def packed(prompts=prompts, num=num, uniforms=uniforms) -> None:
+                common.generate(common.PackedDecoder(policy, prompts, num), uniforms, -5)
+
+            def plain(inputs=inputs, options=options) -> None:
+                assert policy.generate(**inputs, **options).shape[1] > options["max_new_tokens"]
+
+            seconds = compare(args.repeats, *(timed(f, args.device) for f in (packed, plain)))
+            target = {(400, 53): ">= 8", (50, 14): ">= 4"}.get((prompt_length, length), "")
+            name = f"generate: N = {num}, prompts of {prompt_length}, {length} new tokens"
+            row(name, *seconds, "num_return_sequences", target if num == 20 else "")
+
+
+def log_probabilities(args: argparse.Namespace) -> None:
+    """With gradients, one row a response against packed rows."""
+    policy, _, _ = common.load_policies(sea.Config(device=args.device))
+    for num, length in ((2, 28), (20, 14)):
+        batch = random_prompts(policy, args.batch_size, 50)
+        ids = torch.randint(1, policy.config.vocab_size, (args.batch_size, num, length))
+        batch = replace(batch, response_ids=ids, response_mask=torch.ones_like(ids))
+        rows = torch.cat([batch.prompt_ids[:, None].expand(-1, num, -1), ids], -1).flatten(0, 1)
+        rows = rows.to(args.device)
+
+        def packed(batch=batch) -> None:
+            common.response_logps(policy, batch).sum().backward()
+
+        def plain(rows=rows, length=length) -> None:
+            with common.autocast(policy.device):
+                logits = policy(rows, logits_to_keep=length + 1).logits[:, :-1].float()
+            logps = logits.log_softmax(-1).gather(2, rows[:, -length:, None])
+            logps.sum().backward()
+
+        seconds = compare(args.repeats, *(timed(f, args.device) for f in (packed, plain)))
+        row(f"log-probabilities and gradient: N = {num}, {length} tokens", *seconds, "plain rows")
+
+
+# ------------------------------------------------------------------ shares and memory
+
+
+def shares_and_memory(args: argparse.Namespace) -> None:
+    flags = dict(num_queries=320, device=args.device)
+    for name, script in (("sea", sea), ("selm", selm), ("pilaf", pilaf)):
+        shares = phases(script, **flags)
+        with tempfile.TemporaryDirectory() as folder:
+            words = [
+                "--num_queries",
+                "512",
+                "--device",
+                args.device,
+                "--output_dir",
+                f"{folder}/run",
+            ]
+            command = [sys.executable, str(ROOT / f"{name}.py"), *words]
+            before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+            subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
+            peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        is_peak = "" if peak > before else "at most "
+        print(f"| {name}.py: shares of a round | {shares} | | | | |")
+        print(
+            f"| {name}.py: peak resident memory | {is_peak}{peak / 2**20:.2f} GiB | | | | < 1.5 |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch_size", type=int, default=16, help="prompts of the kernels' rows")
+    parser.add_argument("--only", default="", help="groups whose name has this in it")
+    args = parser.parse_args()
+    os.chdir(ROOT)
+    transformers.logging.set_verbosity_error()
+    groups = {
+        "memory and shares": shares_and_memory,
+        "generate": generation,
+        "log-probabilities": log_probabilities,
+        "rounds": rounds,
+        "trl": against_trl,
+    }
+    cuda = torch.cuda.get_device_name() if args.device.startswith("cuda") else "no GPU"
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {cuda}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
+          f"{transformers.__version__}, medians of {args.repeats}\n")  # fmt: skip
+    print("| what | ours (smallest-largest) | against | theirs | theirs / ours | target |")
+    print("|---|---|---|---|---|---|")
+    for name, group in groups.items():
+        if args.only in name:
+            group(args)
+    if not args.device.startswith("cuda"):
+        print("| the same on a GPU, and bfloat16 | not measured | | | | |")
+
+
+if __name__ == "__main__":
+    main()
