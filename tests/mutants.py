@@ -67,7 +67,8 @@ F.softplus(rewards[..., 1] - rewards[..., 0]) => F.softplus(rewards[..., 0] - re
 fit.mean(1).sum() + self.strength => fit.mean() + self.strength
 self.strength / (2 * num_labels) * anchor => self.strength / num_labels * anchor
 self.pairs = torch.cat([self.pairs, new_pairs]) => self.pairs = new_pairs
-last = batch.response_mask.sum(-1) - 1 + torch => last = length - 1 + torch
+last = mask.sum(-1).cumsum(1) - 1 => last = mask.sum(-1).cumsum(1)
+last = mask.sum(-1).cumsum(1) - 1 => last = mask.sum(-1) - 1
 own = rewards[heads, torch.arange(len(heads))] => own = rewards[heads[:1], torch.arange(len(heads))]
 (gaps.sigmoid() if variance == "sigmoid" else gaps).var(0) => gaps.var(0)
 spread = spread.scatter(1, first[:, None], -0.5) => pass
@@ -88,11 +89,20 @@ run.counts["clashes"] += int => run.counts["clashes"] = int
 first, second, ~is_model) => first, second, ~is_synthetic)
 features[asked[:, None], torch.stack([chosen, => features[asked[:, None], torch.stack([first,
 @ common.py: formulas packing run selm pilaf mutants_gaps
-is_mine = (owner == -1) | (owner == owner[queries, None]) => is_mine = owner == owner[queries, None]
-is_mine = (owner == -1) | (owner == owner[queries, None]) => is_mine = owner >= -1
-is_past = place <= place[queries, None] => is_past = place <= place[queries, None] + 1
-(is_mine & is_past & is_real[:, None]) => (is_mine & is_past)
-& is_real[:, None]) | itself => & is_real[:, None])
+is_mine = (owner == -1) | => is_mine = (owner == -2) |
+is_mine = (owner == -1) | => is_mine = (owner >= -1) |
+is_past = place <= place[..., queries].mT => is_past = place <= place[..., queries].mT + 1
+(is_mine & is_past & is_real) => (is_mine & is_past)
+& is_real) | itself => & is_real)
+descending=True, stable=True)  # real => descending=True, stable=True).flip(1)  # real
+order // ids.shape[-1], order % ids.shape[-1] => order // ids.shape[-1], order * 0
+batch.response_mask[..., 1:]  # y => batch.response_mask[..., :-1]  # y
+targets = ids[..., 1:].flatten(1) => targets = ids[..., :-1].flatten(1)
+.scatter(1, order, later) => .scatter(1, order, later.detach())
+fed[:, : max(1, int(is_open.sum(1).max()))] => fed[:, : max(1, int(is_open.sum(1).min()))]
+torch.full_like(fed, self.num_steps) => torch.full_like(fed, 0)
+full.scatter(1, fed[..., None] => full.scatter(1, fed.sort(1)[0][..., None]
+tokens = torch.where(is_open, tokens, -1) => pass
 [..., None])[..., 0] - normaliser[:, 1:] => [..., None])[..., 0] - normaliser[:, :-1]
 token_logps(model, batch).sum(-1) => token_logps(model, batch).mean(-1)
 (logits.float() / temperature) => (logits.float() * temperature)
