@@ -96,7 +96,6 @@ is_past = place <= place[..., queries].mT => is_past = place <= place[..., queri
 & is_real) | itself => & is_real)
 descending=True, stable=True)  # real => descending=True, stable=True).flip(1)  # real
 order // ids.shape[-1], order % ids.shape[-1] => order // ids.shape[-1], order * 0
-batch.response_mask[..., 1:]  # y => batch.response_mask[..., :-1]  # y
 targets = ids[..., 1:].flatten(1) => targets = ids[..., :-1].flatten(1)
 .scatter(1, order, later) => .scatter(1, order, later.detach())
 fed[:, : max(1, int(is_open.sum(1).max()))] => fed[:, : max(1, int(is_open.sum(1).min()))]

@@ -338,3 +338,29 @@ def test_clashes_are_counted_over_all_rounds(flags, folder, monkeypatch) -> None
     run = sea.train(config, Rule(config))
     last = rows(run.folder / "metrics.jsonl")[-1]
     assert last["clashes"] == sum(seen) > sum(seen[-4:])
+
+
+def test_the_heads_learn_from_the_features_of_the_chosen_and_the_rejected_response(
+    flags, monkeypatch
+):
+    labelled, learned = [], []
+    ask, fit = common.Run.ask, sea.EpistemicRewardModel.fit
+
+    def listen(run, batch, *duels):
+        labelled.append((run, batch, ask(run, batch, *duels)))
+        return labelled[-1][-1]
+
+    def watch(ensemble, new_pairs, rng):
+        learned.append(new_pairs)
+        fit(ensemble, new_pairs, rng)
+
+    monkeypatch.setattr(common.Run, "ask", listen)
+    monkeypatch.setattr(sea.EpistemicRewardModel, "fit", watch)
+    sea.train(sea.Config(**flags, erm_backbone="reference"))
+    assert sum(map(len, learned)) == 12
+    for (run, batch, (rows, chosen, rejected)), pairs in zip(labelled, learned, strict=True):
+        with torch.no_grad():
+            features = sea.packed_features(run.ref_model.base_model, batch)
+        for row, pair in zip(rows, pairs, strict=True):
+            expected = [features[row, chosen[row]], features[row, rejected[row]]]
+            torch.testing.assert_close(pair, torch.stack(expected), rtol=1e-4, atol=1e-4)
