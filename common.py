@@ -1055,15 +1055,15 @@ class Run:
             if not counts["rows"]:
                 self.log(more_metrics)
             while oracle.queries < config.num_queries:
-                before, trained = oracle.queries, oracle.queries - counts["untrained"]
+                before = oracle.queries
                 yield counts["rounds"]
                 counts["rounds"] += 1
                 counts["queries"] = oracle.queries
                 counts["idle_rounds"] = 0 if oracle.queries > before else counts["idle_rounds"] + 1
                 bar.update(oracle.queries - bar.n)
                 is_last, is_idle = oracle.queries >= config.num_queries, counts["idle_rounds"] >= 20
-                now_trained = oracle.queries - counts["untrained"]
-                is_step = now_trained // config.eval_every > trained // config.eval_every
+                trained = oracle.queries - counts["untrained"]
+                is_step = trained // config.eval_every > before // config.eval_every
                 if is_last or is_step or self.is_milestone:
                     self.log(more_metrics)
                 self.is_milestone = False

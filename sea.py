@@ -270,8 +270,7 @@ def second_ee(
     second = tries.gather(0, differs.int().argmax(0, keepdim=True))[0]  # (B,)
     is_clash = ~differs.any(0)
     others = is_distinct.scatter(1, first[:, None], False)
-    runner_up = thompson_first(rewards, heads, others)
-    runner_up = torch.where(others.any(1), runner_up, first)  # one distinct candidate: no duel
+    runner_up = thompson_first(rewards, heads, others)  # itself, no duel, if it is the only text
     return torch.where(is_clash, runner_up, second), is_clash
 
 

@@ -154,8 +154,8 @@ self.record(sum(map(len, groups)), seen) => self.record(1, seen)
 (logps - ref_logps).double().mean().item() => (ref_logps - logps).double().mean().item()
 batch.response_mask.sum(-1).double().mean().item() => float(batch.response_mask.shape[-1])
 0 if oracle.queries > before else counts["idle_rounds"] + 1 => counts["idle_rounds"] + 1
-now_trained = oracle.queries - counts["untrained"] => now_trained = oracle.queries
-now_trained // config.eval_every > trained // config.eval_every => now_trained > trained
+trained = oracle.queries - counts["untrained"] => trained = oracle.queries
+trained // config.eval_every > before // config.eval_every => trained > before
 self.means.clear() => pass
 @ pilaf.py: pilaf mutants_gaps
 generator=rng) < 0.5\\n => generator=rng) < 0.6\\n
