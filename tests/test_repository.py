@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SCRIPTS = {"sea": sea, "selm": selm, "pilaf": pilaf}
 FLAGS = {field.name for script in SCRIPTS.values() for field in fields(script.Config)}
+MAKE_FLAGS = set(re.findall(r'"--(\w+)"', (ROOT / "tiny" / "make.py").read_text()))
 COMMANDS = re.findall(r"python (\w+\.py)(.*)", "\n".join(re.findall(r"^    .*", README, re.M)))
 
 
@@ -64,7 +65,9 @@ def test_the_two_commands_of_the_readme_are_the_documented_ones():
 
 def test_flags_that_documents_name_exist():
     for text in (README, *(script.__doc__ for script in SCRIPTS.values())):
-        assert set(re.findall(r"--([a-z_]+)", text)) - {"help"} <= FLAGS
+        assert set(re.findall(r"--([a-z_]+)", text)) - {"help"} <= FLAGS | MAKE_FLAGS
+    for words in re.findall(r"python tiny/make\.py(.*)", README):
+        assert set(re.findall(r"--([a-z_]+)", words)) <= MAKE_FLAGS
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
