@@ -457,6 +457,26 @@ def test_a_loss_that_is_not_finite_names_round_and_pair_and_keeps_the_last_check
     assert state["counts"]["rounds"] == int(message.split("round ")[1].split(":")[0])
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_full_disk_is_said_in_one_sentence_and_keeps_the_last_checkpoint(
+    script, refused, tmp_path
+):
+    """Needs the right to mount; the disk fills up while the second checkpoint is written."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a small tmpfs here")
+    try:
+        message = refused(script, output_dir=disk / "run")
+        assert "cannot be written" in message and str(disk) in message
+        assert not list((disk / "run").glob("*.tmp"))
+        if (disk / "run" / "checkpoint.pt").exists():
+            torch.load(disk / "run" / "checkpoint.pt", weights_only=True)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
 # ------------------------------------------------------------------ a long run
 
 
