@@ -36,6 +36,9 @@ import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
 
+# A CPU's kernels are kept by shape, and shapes vary from round to round: 1,024 would take 1 GB.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 # ------------------------------------------------------------------ flags and the command line
 
 
