@@ -1,0 +1,142 @@
+"""Run the grid of experiments: every arm, every seed, one process a run, into notebooks/results/.
+
+    python notebooks/experiments.py                          # all: about 3 hours on two cores
+    python notebooks/experiments.py --groups sea --jobs 2
+    python notebooks/experiments.py --arms vanilla pilaf --seeds 0 1
+    python notebooks/experiments.py --list
+
+Stop it at any moment: what is done is skipped, what was begun is resumed. All arms share the task,
+the oracle, the budget of labels and the shared hyper-parameters, which are the scripts' defaults.
+A file of results/ holds the rows of metrics.jsonl of all seeds of an arm, with "arm", "seed",
+"seconds" (of the whole process, on one thread) and "commit".
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "notebooks" / "results"
+
+# Group -> arm -> command. {start} is the folder of the seed's run of the arm "start".
+MOVED = "--model {start}/model --ref_model ./tiny/sft"
+GRID = {
+    "sea": {
+        "offline": "sea.py --explore passive --offline",
+        "passive": "sea.py --explore passive",
+        "apl": "sea.py --explore apl",
+        "xpo": "selm.py --bonus xpo",
+        "sea": "sea.py",
+        "sea-ee": "sea.py --explore ee",
+        "sea-uncertainty": "sea.py --explore uncertainty",
+        "sea-no-synthetic": "sea.py --gamma 1",
+        "passive-ipo": "sea.py --explore passive --loss ipo",
+        "sea-ipo": "sea.py --loss ipo",
+        "passive-slic": "sea.py --explore passive --loss slic",
+        "sea-slic": "sea.py --loss slic",
+    },
+    "selm": {
+        "iterative-dpo": "selm.py --bonus none",
+        "selm-greedy": "selm.py",
+        "selm-sample": "selm.py --bonus_response sample",
+    },
+    "pilaf": {
+        "start": "pilaf.py --sampler vanilla --num_queries 1024 --num_iterations 1",
+        **{
+            f"{sampler}{name}": f"pilaf.py --sampler {sampler} {MOVED}{words}"
+            for sampler in ("vanilla", "best_of_n", "hybrid", "pilaf")
+            for name, words in (("", ""), ("-iterative", " --num_iterations 3"))
+        },
+    },
+    "ceiling": {"best_of_n_oracle": "pilaf.py --sampler best_of_n_oracle"},
+}
+ARMS = {arm: words for group in GRID.values() for arm, words in group.items()}
+
+
+def folder(runs: Path, arm: str, seed: int) -> Path:
+    return runs / f"{arm}-{seed}"
+
+
+def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
+    """One run to its end, in a process of one thread; RuntimeError with its last words."""
+    here = folder(runs, arm, seed)
+    if (here / "model").is_dir():
+        return
+    words = shlex.split(ARMS[arm].format(start=folder(runs, "start", seed)))
+    words += [*more, "--seed", str(seed), "--output_dir", str(here)]
+    words += ["--resume"] if (here / "config.json").exists() else []
+    started = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+    with open(here / "seconds.txt", "a") as file:  # a resumed run has several lines
+        file.write(f"{time.monotonic() - started:.1f}\n")
+
+
+def collect(runs: Path, results: Path, arm: str) -> None:
+    """Write results/ARM.jsonl from the finished runs of all seeds."""
+    lines = []
+    for here in sorted(runs.glob(f"{arm}-[0-9]*"), key=lambda path: int(path.name.split("-")[-1])):
+        if not (here / "model").is_dir() or not here.name.removeprefix(f"{arm}-").isdigit():
+            continue
+        about = json.loads((here / "config.json").read_text())
+        seconds = sum(map(float, (here / "seconds.txt").read_text().split()))
+        known = dict(arm=arm, seed=about["flags"]["seed"], seconds=round(seconds, 1))
+        for line in (here / "metrics.jsonl").read_text().splitlines():
+            lines.append(json.dumps(known | {"commit": about["git_commit"]} | json.loads(line)))
+    if lines:
+        results.mkdir(parents=True, exist_ok=True)
+        (results / f"{arm}.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--groups", nargs="+", choices=GRID, default=list(GRID))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="instead of whole groups")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--flags", default="", help="further flags of every run, in quotes")
+    parser.add_argument("--list", action="store_true", help="show the commands and stop")
+    args = parser.parse_args()
+    arms = args.arms or [arm for group in args.groups for arm in GRID[group]]
+    if args.list:
+        print("\n".join(f"{arm:20} python {ARMS[arm]}" for arm in arms))
+        return
+    if any("{start}" in ARMS[arm] for arm in arms) and "start" not in arms:
+        arms = ["start", *arms]
+    todo = [(arm, seed) for arm in arms for seed in args.seeds]
+    stages = [
+        [job for job in todo if job[0] == "start"],
+        [job for job in todo if job[0] != "start"],
+    ]
+    failed = []
+    with tqdm(total=len(todo), unit="run") as bar, ThreadPoolExecutor(args.jobs) as pool:
+        for stage in stages:  # the others begin where "start" ends
+            jobs = {
+                pool.submit(run, args.runs, *job, shlex.split(args.flags)): job for job in stage
+            }
+            for job in as_completed(jobs):
+                bar.update()
+                if job.exception():
+                    failed.append(str(job.exception()))
+                    bar.write(failed[-1])
+                else:
+                    collect(args.runs, args.results, jobs[job][0])
+    sys.exit(f"{len(failed)} runs failed" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
