@@ -484,7 +484,7 @@ def test_a_full_disk_is_said_in_one_sentence_and_keeps_the_last_checkpoint(
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_ten_thousand_labels_take_no_more_memory_at_the_end_than_at_the_start(script, tmp_path):
     """Resident memory, read twice a second: peak of the last tenth against the second tenth."""
-    flags = dict(num_queries=10_000, eval_every=2500, output_dir=str(tmp_path / "run"))
+    flags = dict(num_queries=10_000, output_dir=str(tmp_path / "run"))
     process, sizes = run_process(script, flags), []
     done = Path(f"/proc/{process.pid}/statm")
     while process.poll() is None:
