@@ -41,6 +41,7 @@ an iteration is. Differences: a reward of 1M weights, not 8B; a constant rate, n
 Shapes: B prompts, N responses a prompt, R response tokens, V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -261,7 +262,12 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
 
     for number in run.rounds(lambda *_: own_metrics(config, run)):
         # 1. Receive prompts. 2. Toss the coins. 3. Draw the responses.
-        batch = sample(config, run, run.next_prompts(config.batch_size), number)
+        num_prompts, t = config.batch_size, run.iteration(num_iterations or 1)
+        if num_iterations:  # no round goes beyond its iteration's share of the labels
+            left = (t + 1) * config.num_queries / num_iterations - run.oracle.queries
+            cost = config.num_candidates if config.sampler == "best_of_n_oracle" else 1
+            num_prompts = min(num_prompts, math.ceil(left / cost))
+        batch = sample(config, run, run.next_prompts(num_prompts), number)
         if config.importance_weights:
             weights = torch.tensor(batch.columns["weight"], dtype=torch.float64)  # (B,)
             counts["weight_sum"] += weights.sum().item()
@@ -270,7 +276,7 @@ def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
             run.record(len(weights), {name: mean.item() for name, mean in means.items()})
         run.lap("generate")
         # 4. Ask the oracle.
-        t, num_queries = run.iteration(num_iterations or 1), run.oracle.queries
+        num_queries = run.oracle.queries
         chosen, rejected = label(config, run, batch)
         kept = run.keep(batch, chosen, rejected)
         pairs = batch.select(kept, torch.stack([chosen, rejected], 1)[kept])

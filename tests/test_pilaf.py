@@ -1056,14 +1056,14 @@ def test_an_iteration_collects_with_one_policy_then_trains_on_each_pair_num_epoc
     flags |= dict(eval_every=eval_every)
     run = pilaf.train(pilaf.Config(**flags, num_iterations=2, num_epochs=3))
     pairs, table = rows(run.folder / "preferences.jsonl"), table_of(run)
-    assert len(pairs) == 12 and [pair["round"] for pair in pairs] == [0] * 4 + [1] * 4 + [2] * 4
-    # Rounds of 4 labels: the first iteration's 6 of 12 need two, the second's need one.
+    # Rounds of 4 labels, and each iteration has 6: 4 and 2, twice.
+    assert [pair["round"] for pair in pairs] == [0] * 4 + [1] * 2 + [2] * 4 + [3] * 2
     states = [state for *_, state in seen["sampled"]]
     same = [all(torch.equal(a[k], b[k]) for k in a) for a, b in itertools.pairwise(states)]
-    assert same == [True, False]
-    assert [steps for _, steps, _ in seen["sampled"]] == [0, 0, 6]
-    assert [row["queries"] for row in table] == [0, 8, 12]  # whatever --eval_every is
-    assert [row["gradient_steps"] for row in table] == [0, 6, 9]
+    assert same == [True, False, True]
+    assert [steps for _, steps, _ in seen["sampled"]] == [0, 0, 6, 6]
+    assert [row["queries"] for row in table] == [0, 6, 12]  # whatever --eval_every is
+    assert [row["gradient_steps"] for row in table] == [0, 6, 12]
     assert [row["iteration"] for row in table] == [0, 1, 2]
     # each epoch has every pair of its iteration once; no pair comes back in the next iteration
     trained = [
@@ -1072,17 +1072,26 @@ def test_an_iteration_collects_with_one_policy_then_trains_on_each_pair_num_epoc
         for step in seen["steps"]
     ]  # fmt: skip
     written = [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
-    epochs = [sum(trained[i : i + 2], []) for i in (0, 2, 4)] + trained[6:]
-    for epoch, mine in zip(epochs, [written[:8]] * 3 + [written[8:]] * 3, strict=True):
+    epochs = [sum(trained[i : i + 2], []) for i in range(0, 12, 2)]
+    for epoch, mine in zip(epochs, [written[:6]] * 3 + [written[6:]] * 3, strict=True):
         assert sorted(epoch) == sorted(mine)
     assert len({tuple(epoch) for epoch in epochs[:3]}) == 3, "in another order each time"
     # reference log-probabilities are computed once a pair
     computed = [texts for model, *texts in referenced if model == id(run.ref_model)]
     assert sorted(computed) == sorted([chosen, rejected] for _, chosen, rejected in written)
     # a fresh optimiser and a new warm-up of 5 steps
-    assert restarts == [i in (0, 6) for i in range(9)]
-    warm = [min(1.0, (i + 1) / 6) for i in (*range(6), *range(3))]
+    assert restarts == [i in (0, 6) for i in range(12)]
+    warm = [min(1.0, (i + 1) / 6) for i in (*range(6), *range(6))]
     assert [s["rate"] for s in seen["steps"]] == pytest.approx([3e-4 * w for w in warm])
+
+
+@pytest.mark.parametrize("more", [{}, dict(sampler="best_of_n_oracle", num_candidates=2)])
+def test_every_iteration_has_its_share_of_the_labels_however_large_a_round(flags, more) -> None:
+    """A round of 12 prompts could take all 12 labels at once."""
+    more = more | dict(num_iterations=3, batch_size=12, eval_every=100)
+    table = table_of(pilaf.train(pilaf.Config(**flags | more)))
+    assert [row["iteration"] for row in table] == [0, 1, 2, 3]
+    assert [row["queries"] for row in table] == [0, 4, 8, 12]
 
 
 def test_each_iteration_shuffles_its_pairs_in_an_order_of_its_own(monkeypatch, flags) -> None:
