@@ -1,6 +1,6 @@
 """Run the grid of experiments: every arm, every seed, one process a run, into notebooks/results/.
 
-    python notebooks/experiments.py                          # all: about 3 hours on two cores
+    python notebooks/experiments.py                          # all 25 arms: hours, not yet measured
     python notebooks/experiments.py --groups sea --jobs 2
     python notebooks/experiments.py --arms vanilla pilaf --seeds 0 1
     python notebooks/experiments.py --list

@@ -4,7 +4,7 @@ Both sides of a row run in this process, alternating, on the same models, data, 
 a figure is the median of --repeats, behind it the smallest and the largest. What this machine
 cannot measure (no GPU, no TRL: `pip install -r tests/benchmark-requirements.txt`) says so.
 
-    python tests/benchmark.py                    # 10 minutes on two CPU cores
+    python tests/benchmark.py                    # tens of minutes on two CPU cores
     python tests/benchmark.py --only generate    # rows whose name has this in it
 """
 
