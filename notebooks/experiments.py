@@ -8,7 +8,7 @@
 Stop it at any moment: what is done is skipped, what was begun is resumed. All arms share the task,
 the oracle, the budget of labels and the shared hyper-parameters, which are the scripts' defaults.
 A file of results/ holds the rows of metrics.jsonl of all seeds of an arm, with "arm", "seed",
-"seconds" (of the whole process, on one thread) and "commit".
+"seconds" (of the whole process, on one thread; null if it was resumed) and "commit".
 """
 
 import argparse
@@ -68,11 +68,12 @@ def folder(runs: Path, arm: str, seed: int) -> Path:
 def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
     """One run to its end, in a process of one thread; RuntimeError with its last words."""
     here = folder(runs, arm, seed)
-    if (here / "model").is_dir():
+    if (here / "seconds.json").exists():
         return
     words = shlex.split(ARMS[arm].format(start=folder(runs, "start", seed)))
     words += [*more, "--seed", str(seed), "--output_dir", str(here)]
-    words += ["--resume"] if (here / "config.json").exists() else []
+    is_begun = (here / "config.json").exists()
+    words += ["--resume"] if is_begun else []
     started = time.monotonic()
     done = subprocess.run(
         [sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
@@ -80,19 +81,20 @@ def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
     )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
-    with open(here / "seconds.txt", "a") as file:  # a resumed run has several lines
-        file.write(f"{time.monotonic() - started:.1f}\n")
+    seconds = None if is_begun else round(time.monotonic() - started, 1)
+    (here / "seconds.json").write_text(json.dumps(seconds))
 
 
 def collect(runs: Path, results: Path, arm: str) -> None:
     """Write results/ARM.jsonl from the finished runs of all seeds."""
     lines = []
     for here in sorted(runs.glob(f"{arm}-[0-9]*"), key=lambda path: int(path.name.split("-")[-1])):
-        if not (here / "model").is_dir() or not here.name.removeprefix(f"{arm}-").isdigit():
+        is_done = (here / "seconds.json").exists()
+        if not is_done or not here.name.removeprefix(f"{arm}-").isdigit():
             continue
         about = json.loads((here / "config.json").read_text())
-        seconds = sum(map(float, (here / "seconds.txt").read_text().split()))
-        known = dict(arm=arm, seed=about["flags"]["seed"], seconds=round(seconds, 1))
+        seconds = json.loads((here / "seconds.json").read_text())
+        known = dict(arm=arm, seed=about["flags"]["seed"], seconds=seconds)
         for line in (here / "metrics.jsonl").read_text().splitlines():
             lines.append(json.dumps(known | {"commit": about["git_commit"]} | json.loads(line)))
     if lines:
