@@ -6,7 +6,8 @@
     python notebooks/experiments.py --list
 
 Stop it at any moment: what is done is skipped, what was begun is resumed. All arms share the task,
-the oracle, the budget of labels and the shared hyper-parameters, which are the scripts' defaults.
+the oracle, the budget of labels and the shared hyper-parameters, which are the scripts' defaults;
+only evaluations are twice as frequent.
 A file of results/ holds the rows of metrics.jsonl of all seeds of an arm, with "arm", "seed",
 "seconds" (of the whole process, on one thread; null if it was resumed) and "commit".
 """
@@ -25,6 +26,9 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
+
+# Sample efficiency needs four evaluations before a curve crosses its target.
+EVERY_RUN = ["--eval_every", "128"]
 
 # Group -> arm -> command. {start} is the folder of the seed's run of the arm "start".
 MOVED = "--model {start}/model --ref_model ./tiny/sft"
@@ -71,7 +75,7 @@ def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
     if (here / "seconds.json").exists():
         return
     words = shlex.split(ARMS[arm].format(start=folder(runs, "start", seed)))
-    words += [*more, "--seed", str(seed), "--output_dir", str(here)]
+    words += [*EVERY_RUN, *more, "--seed", str(seed), "--output_dir", str(here)]
     is_begun = (here / "config.json").exists()
     words += ["--resume"] if is_begun else []
     started = time.monotonic()
