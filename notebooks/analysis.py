@@ -1,0 +1,143 @@
+"""Read notebooks/results/ and compare arms: means over seeds, differences, sample efficiency.
+
+S seeds, L points of `GRID_OF_LABELS` at which the curves of all arms are read off (linearly between
+two evaluations, since rounds end at different numbers of labels).
+"""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+RESULTS = Path(__file__).resolve().parent / "results"
+GRID_OF_LABELS = np.arange(0, 2049, 128)
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom: seeds are few.
+T_QUANTILES = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 1))
+
+Runs = dict[int, list[dict]]  # seed -> rows of metrics.jsonl
+
+
+def load(results: Path = RESULTS) -> dict[str, Runs]:
+    """Arm -> seed -> rows, of every file in the folder."""
+    arms = {}
+    for path in sorted(results.glob("*.jsonl")):
+        runs = defaultdict(list)
+        for line in path.read_text().splitlines():
+            row = json.loads(line)
+            runs[row["seed"]].append(row)
+        arms[path.stem] = dict(runs)
+    return arms
+
+
+def curves(runs: Runs, metric: str, labels: np.ndarray = GRID_OF_LABELS) -> np.ndarray:
+    """A metric of each seed at the given numbers of labels, (S, L)."""
+    rows = [[row for row in runs[seed] if metric in row] for seed in sorted(runs)]
+    return np.array(
+        [np.interp(labels, [r["queries"] for r in own], [r[metric] for r in own]) for own in rows]
+    )
+
+
+def so_far(runs: Runs, metric: str) -> np.ndarray:
+    """Mean over all labels of a metric that rows hold since the row before (online_...), (S,)."""
+    means = []
+    for seed in sorted(runs):
+        rows = runs[seed]
+        steps = np.diff([row["queries"] for row in rows])
+        means.append(np.average([row[metric] for row in rows[1:]], weights=steps))
+    return np.array(means)
+
+
+def mean_and_stderr(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Over seeds: (S, ...) -> (...), (...)."""
+    return values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
+
+
+def paired(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
+    """Mean difference of two arms over the seeds they share, (S,) each, and half the width of its
+    95 % interval by Student's t. Arms with one seed see the same prompts and held-out samples."""
+    mean, stderr = mean_and_stderr(values - baseline)
+    return float(mean), float(T_QUANTILES[len(values) - 1] * stderr)
+
+
+def seeds_needed(values: np.ndarray, baseline: np.ndarray) -> float:
+    """Seeds that would tell the observed mean difference, were it the true one, from 0 at 95 %:
+    1.96 standard errors. Infinite if it is 0."""
+    gaps = values - baseline
+    return math.inf if gaps.mean() == 0 else (1.96 * gaps.std(ddof=1) / gaps.mean()) ** 2
+
+
+# ------------------------------------------------------------------ sample efficiency
+
+
+def isotonic(values: np.ndarray) -> np.ndarray:
+    """The non-decreasing sequence nearest to `values` in squares, by pooling neighbours, (L,)."""
+    blocks = []  # mean, size
+    for value in values:
+        blocks.append((value, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (left, n), (right, m) = blocks[-2:]
+            blocks[-2:] = [((n * left + m * right) / (n + m), n + m)]
+    return np.concatenate([np.full(size, mean) for mean, size in blocks])
+
+
+def fitted(curve: np.ndarray) -> np.ndarray:
+    """A seed-mean curve (L,): isotonic to the maximum of its 3-point running mean, flat after."""
+    top = 1 + int(np.convolve(curve, np.ones(3) / 3, mode="valid").argmax())
+    fit = isotonic(curve[: top + 1])
+    return np.concatenate([fit, np.full(len(curve) - len(fit), fit[-1])])
+
+
+def labels_to(target: float, fit: np.ndarray, labels: np.ndarray) -> float:
+    """Labels at which a fitted curve reaches the target, linearly between points; else infinity."""
+    if fit[-1] < target:
+        return math.inf
+    after = int((fit >= target).argmax())
+    if after == 0:
+        return float(labels[0])
+    low, high = fit[after - 1], fit[after]
+    return float(labels[after - 1] + (target - low) / (high - low) * np.diff(labels)[after - 1])
+
+
+def crossings(
+    passive: np.ndarray, arm: np.ndarray, labels: np.ndarray, share: float = 0.8
+) -> tuple[float, float]:
+    """Labels that passive and the arm need, (S, L) each, to reach passive's start plus `share` of
+    its fitted gain."""
+    fits = fitted(passive.mean(0)), fitted(arm.mean(0))
+    target = passive.mean(0)[0] + share * (fits[0][-1] - passive.mean(0)[0])
+    return labels_to(target, fits[0], labels), labels_to(target, fits[1], labels)
+
+
+def sample_efficiency(
+    passive: np.ndarray, arm: np.ndarray, labels: np.ndarray = GRID_OF_LABELS, draws: int = 2000
+) -> dict[str, float]:
+    """Passive's labels to the target over the arm's, with a 95 % interval.
+
+    Win rates (S, L) of both, seed by seed. The interval: a bootstrap over seeds, the same in both
+    arms, the target anew in each draw; the standard deviation of the log ratio times Student's t.
+    An arm that does not reach the target is taken at the last label, so `ratio` is an upper bound
+    there (`is_bound`); `uncrossed` is the share of draws in which that happened. `readings` is the
+    number of evaluations before the first of the two crossings: below 4 the ratio means nothing.
+    """
+    of_passive, of_arm = crossings(passive, arm, labels)
+    rng, logs, num_uncrossed = np.random.default_rng(0), [], 0
+    for _ in range(draws):
+        seeds = rng.integers(len(passive), size=len(passive))
+        a, b = crossings(passive[seeds], arm[seeds], labels)
+        num_uncrossed += math.isinf(b)
+        logs.append(math.log(max(a, 1) / max(1, min(b, labels[-1]))))
+    log_ratio = math.log(of_passive / max(1, min(of_arm, labels[-1])))
+    half = T_QUANTILES[len(passive) - 1] * float(np.std(logs))
+    return {
+        "ratio": math.exp(log_ratio),
+        "low": math.exp(log_ratio - half),
+        "high": math.exp(log_ratio + half),
+        "is_bound": math.isinf(of_arm),
+        "uncrossed": num_uncrossed / draws,
+        "readings": int((labels < min(of_passive, of_arm)).sum()),
+        "passive_labels": of_passive,
+        "arm_labels": of_arm,
+    }

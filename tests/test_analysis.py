@@ -1,0 +1,107 @@
+"""Are the numbers of notebooks/compare.ipynb computed rightly? Brute force and known truths."""
+
+import importlib.util
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+PATH = Path(__file__).resolve().parent.parent / "notebooks" / "analysis.py"
+spec = importlib.util.spec_from_file_location("analysis", PATH)
+analysis = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(analysis)
+LABELS = analysis.GRID_OF_LABELS
+
+
+def test_isotonic_is_the_nearest_non_decreasing_sequence():
+    """Against all ways to cut five values into blocks of equal fitted value."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        values, best, nearest = rng.normal(size=5), math.inf, None
+        for cuts in itertools.product([False, True], repeat=4):
+            ends = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), 5]
+            blocks = [values[a:b] for a, b in itertools.pairwise(ends)]
+            fit = np.concatenate([np.full(len(block), block.mean()) for block in blocks])
+            error = ((fit - values) ** 2).sum()
+            if (np.diff(fit) >= 0).all() and error < best:
+                best, nearest = error, fit
+        assert analysis.isotonic(values) == pytest.approx(nearest)
+
+
+def test_a_fit_is_flat_after_the_maximum_of_the_running_mean():
+    """Means of three: 1, 3, 4.67, 4, 2: the middle of the third is point 3."""
+    curve = np.array([0.0, 1, 2, 6, 6, 0, 0])
+    assert analysis.fitted(curve).tolist() == [0, 1, 2, 6, 6, 6, 6]
+    curve = np.array([0.0, 3, 1, 5, 4, 2, 1])
+    assert analysis.fitted(curve).tolist() == [0, 2, 2, 4.5, 4.5, 4.5, 4.5]
+
+
+@pytest.mark.parametrize(
+    "target, labels", [(0.0, 0.0), (0.5, 50), (1.0, 100), (2.0, 250), (9, math.inf)]
+)
+def test_a_crossing_lies_between_two_points(target, labels):
+    fit, grid = np.array([0.0, 1, 1, 3]), np.array([0, 100, 200, 300])
+    assert analysis.labels_to(target, fit, grid) == labels
+
+
+def learner(speed, seed, noise=0.012):
+    rng = np.random.default_rng([seed, int(speed * 100)])
+    return 0.44 + 0.3 * (1 - np.exp(-speed * LABELS / 700)) + noise * rng.normal(size=len(LABELS))
+
+
+def test_an_arm_that_learns_twice_as_fast_has_ratio_two_and_an_equal_one_ratio_one():
+    seeds = range(5)
+    passive = np.array([learner(1, seed) for seed in seeds])
+    equal = np.array([learner(1.001, seed + 100) for seed in seeds])
+    twice = np.array([learner(2, seed) for seed in seeds])
+    same, double = (analysis.sample_efficiency(passive, arm) for arm in (equal, twice))
+    assert same["low"] < 1 < same["high"] and same["ratio"] == pytest.approx(1, abs=0.2)
+    assert double["low"] < 2 < double["high"] and double["low"] > 1
+    assert double["ratio"] == pytest.approx(2, abs=0.5)
+    assert double["readings"] >= 4 and not double["is_bound"]
+
+
+def test_without_noise_the_ratio_is_that_of_the_speeds():
+    """Labels to .8 of the gain that passive has made at the end, on a fine grid."""
+    grid = np.arange(0, 2049, 1)
+    end = 1 - math.exp(-2048 / 700)
+    passive, arm = (np.array([1 - np.exp(-s * grid / 700)] * 3) for s in (1, 3))
+    found = analysis.sample_efficiency(passive, arm, grid, draws=2)
+    assert found["ratio"] == pytest.approx(3, rel=1e-2)
+    assert found["passive_labels"] == pytest.approx(-700 * math.log(1 - 0.8 * end), rel=1e-2)
+    assert found["low"] == found["high"] == pytest.approx(found["ratio"])
+
+
+def test_an_arm_that_never_reaches_the_target_is_a_bound():
+    passive = np.array([learner(1, seed) for seed in range(5)])
+    found = analysis.sample_efficiency(passive, np.full_like(passive, 0.44))
+    assert found["is_bound"] and found["uncrossed"] == 1
+    assert found["ratio"] == pytest.approx(found["passive_labels"] / 2048)
+
+
+def test_pairs_of_seeds_and_the_seeds_that_would_be_needed():
+    values, baseline = np.array([1.0, 2, 3]), np.array([0.0, 2, 1])  # gaps 1, 0, 2
+    mean, half = analysis.paired(values, baseline)
+    assert mean == 1 and half == pytest.approx(4.303 / math.sqrt(3))
+    assert analysis.seeds_needed(values, baseline) == pytest.approx(1.96**2)
+    assert analysis.seeds_needed(values, values) == math.inf
+
+
+def test_curves_are_read_off_between_evaluations_and_online_metrics_weighted_by_labels(tmp_path):
+    rows = [
+        dict(seed=1, queries=0, win_rate=0.4),
+        dict(seed=1, queries=96, win_rate=0.5, online_win_rate=0.2),
+        dict(seed=1, queries=160, win_rate=0.7, online_win_rate=0.6),
+        dict(seed=0, queries=0, win_rate=0.0),
+        dict(seed=0, queries=160, win_rate=0.8, online_win_rate=1.0),
+    ]
+    (tmp_path / "arm.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    runs = analysis.load(tmp_path)["arm"]
+    found = analysis.curves(runs, "win_rate", np.array([0, 128, 256]))
+    assert found == pytest.approx(np.array([[0, 0.64, 0.8], [0.4, 0.6, 0.7]]))
+    assert analysis.so_far(runs, "online_win_rate") == pytest.approx(
+        [1.0, (96 * 0.2 + 64 * 0.6) / 160]
+    )
