@@ -1,6 +1,6 @@
 """Run the grid of experiments: every arm, every seed, one process a run, into notebooks/results/.
 
-    python notebooks/experiments.py                          # all 25 arms: hours, not yet measured
+    python notebooks/experiments.py                          # every arm: many hours
     python notebooks/experiments.py --groups sea --jobs 2
     python notebooks/experiments.py --arms vanilla pilaf --seeds 0 1
     python notebooks/experiments.py --list
@@ -9,16 +9,19 @@ Stop it at any moment: what is done is skipped, what was begun is resumed. All a
 the oracle, the budget of labels and the shared hyper-parameters, which are the scripts' defaults;
 only evaluations are twice as frequent.
 A file of results/ holds the rows of metrics.jsonl of all seeds of an arm, with "arm", "seed",
-"seconds" (of the whole process, on one thread; null if it was resumed) and "commit".
+"seconds" (of the whole process, on one thread; null if it was resumed), "commit" and
+"reward_histogram" of the held-out samples.
 """
 
 import argparse
 import json
+import math
 import os
 import shlex
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -30,7 +33,7 @@ RESULTS = ROOT / "notebooks" / "results"
 # Sample efficiency needs four evaluations before a curve crosses its target.
 EVERY_RUN = ["--eval_every", "128"]
 
-# Group -> arm -> command. {start} is the folder of the seed's run of the arm "start".
+# Group -> arm -> command. {start} is the folder of the run of the arm "start" with the same seed.
 MOVED = "--model {start}/model --ref_model ./tiny/sft"
 GRID = {
     "sea": {
@@ -61,8 +64,59 @@ GRID = {
         },
     },
     "ceiling": {"best_of_n_oracle": "pilaf.py --sampler best_of_n_oracle"},
+    # The papers' open questions.
+    "gamma": {f"sea-gamma-{gamma}": f"sea.py --gamma {gamma}" for gamma in (0.5, 0.3)},
+    "anchor": {f"sea-anchor-{anchor}": f"sea.py --anchor {anchor}" for anchor in (0, 0.1, 10)}
+    | {"sea-anchor-released": "sea.py --anchor released"},
+    "variants": {
+        "sea-logit-variance": "sea.py --bai_variance logit",
+        "variant-4": "sea.py --explore passive --best_of_n 10",
+        "variant-5": "sea.py --gamma 1 --best_of_n 10",
+        "variant-6": "sea.py --best_of_n 10",
+        "variant-7": "sea.py --gamma 1 --offline --best_of_n 10 --learning_rate 0",
+        "sea-oracle-synthetic": "sea.py --synthetic_labels oracle --num_queries 2816",
+    },
+    "noise": {
+        f"{arm}-{kind}-{value}": f"notebooks/oracles.py {kind} {value} sea.py {words}"
+        for arm, flags in (("sea", ""), ("passive", "--explore passive"))
+        for kind, values, words in (
+            ("flips", (0, 0.1, 0.2, 0.3), f"--labels argmax {flags}"),
+            ("temperature", (0.5, 2), flags),
+            ("shift", ("./tiny/erm_backbone",), flags),
+        )
+        for value in values
+    },
+    "alpha": {f"selm-alpha-{alpha}": f"selm.py --alpha {alpha}" for alpha in (1e-4, 1e-2)},
+    "starts": {
+        "start-512": "pilaf.py --sampler vanilla --num_queries 512 --num_iterations 1",
+        "start-4096": "pilaf.py --sampler vanilla --num_queries 4096 --num_iterations 1",
+        "start-overfitted": "pilaf.py --sampler vanilla --num_queries 256 --num_iterations 1"
+        " --num_epochs 40",
+        **{
+            f"{sampler}-from-{start}": f"pilaf.py --sampler {sampler} "
+            + MOVED.replace("{start}", f"{{start-{start}}}")
+            for start in ("512", "4096", "overfitted")
+            for sampler in ("vanilla", "pilaf")
+        },
+    },
+    "interpolation": {
+        "pilaf-weighted": f"pilaf.py --importance_weights {MOVED}",
+        "pilaf-beta-0.3": f"pilaf.py --sampler_beta 0.3 {MOVED}",
+        "pilaf-beta-1": f"pilaf.py --sampler_beta 1 {MOVED}",
+    },
+    "long": {
+        f"{arm}-long": f"{words} --num_queries 8000 --labels argmax --eval_every 500"
+        for arm, words in (
+            ("passive", "sea.py --explore passive"),
+            ("sea", "sea.py"),
+            ("selm", "selm.py"),
+            ("pilaf", "pilaf.py"),
+        )
+    },
 }
+GRID["noise"] = {arm.replace("-./tiny/erm_backbone", ""): w for arm, w in GRID["noise"].items()}
 ARMS = {arm: words for group in GRID.values() for arm, words in group.items()}
+STARTS = [arm for arm in ARMS if arm.startswith("start")]
 
 
 def folder(runs: Path, arm: str, seed: int) -> Path:
@@ -74,8 +128,9 @@ def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
     here = folder(runs, arm, seed)
     if (here / "seconds.json").exists():
         return
-    words = shlex.split(ARMS[arm].format(start=folder(runs, "start", seed)))
-    words += [*EVERY_RUN, *more, "--seed", str(seed), "--output_dir", str(here)]
+    words = shlex.split(ARMS[arm].format(**{s: folder(runs, s, seed) for s in STARTS}))
+    words += [] if "--eval_every" in words else EVERY_RUN
+    words += [*more, "--seed", str(seed), "--output_dir", str(here)]
     is_begun = (here / "config.json").exists()
     words += ["--resume"] if is_begun else []
     started = time.monotonic()
@@ -89,6 +144,14 @@ def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
     (here / "seconds.json").write_text(json.dumps(seconds))
 
 
+def histogram(rewards: list[float]) -> list[int]:
+    """Counts in bins half a unit wide, from -4 to 6; what lies beyond is in the first or last."""
+    counts = [0] * 20
+    for reward in rewards:
+        counts[min(19, max(0, math.floor(2 * reward) + 8))] += 1
+    return counts
+
+
 def collect(runs: Path, results: Path, arm: str) -> None:
     """Write results/ARM.jsonl from the finished runs of all seeds."""
     lines = []
@@ -99,8 +162,15 @@ def collect(runs: Path, results: Path, arm: str) -> None:
         about = json.loads((here / "config.json").read_text())
         seconds = json.loads((here / "seconds.json").read_text())
         known = dict(arm=arm, seed=about["flags"]["seed"], seconds=seconds)
+        known["commit"] = about["git_commit"]
+        rewards = defaultdict(list)  # labels -> of the held-out samples
+        for line in (here / "samples.jsonl").read_text().splitlines():
+            sample = json.loads(line)
+            rewards[sample["queries"]].append(sample["reward"])
         for line in (here / "metrics.jsonl").read_text().splitlines():
-            lines.append(json.dumps(known | {"commit": about["git_commit"]} | json.loads(line)))
+            row = json.loads(line)
+            row["reward_histogram"] = histogram(rewards[row["queries"]])
+            lines.append(json.dumps(known | row))
     if lines:
         results.mkdir(parents=True, exist_ok=True)
         (results / f"{arm}.jsonl").write_text("\n".join(lines) + "\n")
@@ -121,16 +191,16 @@ def main() -> None:
     if args.list:
         print("\n".join(f"{arm:20} python {ARMS[arm]}" for arm in arms))
         return
-    if any("{start}" in ARMS[arm] for arm in arms) and "start" not in arms:
-        arms = ["start", *arms]
+    wanted = [start for start in STARTS if any(f"{{{start}}}" in ARMS[arm] for arm in arms)]
+    arms = [*(start for start in wanted if start not in arms), *arms]
     todo = [(arm, seed) for arm in arms for seed in args.seeds]
     stages = [
-        [job for job in todo if job[0] == "start"],
-        [job for job in todo if job[0] != "start"],
+        [job for job in todo if job[0] in STARTS],
+        [job for job in todo if job[0] not in STARTS],
     ]
     failed = []
     with tqdm(total=len(todo), unit="run") as bar, ThreadPoolExecutor(args.jobs) as pool:
-        for stage in stages:  # the others begin where "start" ends
+        for stage in stages:  # the others begin where a start ends
             jobs = {
                 pool.submit(run, args.runs, *job, shlex.split(args.flags)): job for job in stage
             }

@@ -1,0 +1,97 @@
+"""Train with another annotator: any script, its own flags, and an oracle of one line.
+
+    python notebooks/oracles.py flips 0.2 sea.py --labels argmax
+    python notebooks/oracles.py temperature 2 sea.py --explore passive
+    python notebooks/oracles.py shift ./tiny/erm_backbone sea.py
+
+flips P        each label is turned round with probability P
+temperature T  P(first is better) = sigmoid((r1 - r2) / T): the larger, the more random
+shift FOLDER   the first half of the labels is another reward model's, the second half and the
+               metrics are by --reward_model
+
+They change labels only, never the scores of the metrics; a run is resumed as any other.
+"""
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common  # noqa: E402
+
+
+def number(text: str) -> float:
+    """Not a number is one that no comparison holds for."""
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+class Flips(common.Oracle):
+    """Labels turned round with a probability, by a stream of their own."""
+
+    def __init__(self, config: common.Config, probability: str) -> None:
+        super().__init__(config)
+        self.probability = number(probability)
+        is_right = 0 <= self.probability <= 1
+        common.require(is_right, f"flips needs a probability, not {probability}")
+
+    def prefer(self, prompts: list[str], duels: list[list[str]], rewards: Tensor) -> Tensor:
+        rng = common.generator(self.config.seed, "flips", self.queries)
+        is_flipped = torch.rand(len(prompts), generator=rng) < self.probability
+        return super().prefer(prompts, duels, rewards) ^ is_flipped
+
+
+class Temperature(common.Oracle):
+    """Bernoulli labels of rewards divided by a temperature."""
+
+    def __init__(self, config: common.Config, temperature: str) -> None:
+        super().__init__(config)
+        self.temperature = number(temperature)
+        is_right = self.temperature > 0 and config.labels == "bernoulli"
+        common.require(is_right, "temperature needs a number above 0 and --labels bernoulli")
+
+    def prefer(self, prompts: list[str], duels: list[list[str]], rewards: Tensor) -> Tensor:
+        return super().prefer(prompts, duels, rewards / self.temperature)
+
+
+class Shift(common.Oracle):
+    """Another reward model's labels until half of the budget is spent."""
+
+    def __init__(self, config: common.Config, folder: str) -> None:
+        super().__init__(config)
+        before = argparse.Namespace(**vars(config) | {"reward_model": folder})
+        self.before = common.Oracle(before)
+
+    def prefer(self, prompts: list[str], duels: list[list[str]], rewards: Tensor) -> Tensor:
+        if self.queries < self.config.num_queries / 2:
+            rewards = self.before.score(prompts, duels)
+        return super().prefer(prompts, duels, rewards)
+
+
+ORACLES = {"flips": Flips, "temperature": Temperature, "shift": Shift}
+
+
+def main() -> None:
+    if len(sys.argv) < 4 or sys.argv[1] not in ORACLES:
+        sys.exit(__doc__)
+    kind, value, name = sys.argv[1:4]
+    script = importlib.import_module(Path(name).stem)
+    del sys.argv[1:4]  # what is left is the script's own
+
+    def train(config: common.Config) -> common.Run:
+        if not any(word.startswith("--output_dir") for word in sys.argv):
+            config.output_dir += f"-{kind}-{Path(value).name}"
+        return script.train(config, ORACLES[kind](config, value))
+
+    common.main(script.Config, train, script.__doc__)
+
+
+if __name__ == "__main__":
+    main()
