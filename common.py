@@ -82,7 +82,7 @@ class Config:
     eval_prompts: int = flag(256, "held-out prompts an evaluation")
     checkpoint_every: int = flag(20, "rounds between checkpoints")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    micro_batch_size: int | None = flag(None, "prompts a forward pass (default: all at once)")
+    micro_batch_size: int = flag(64, "prompts a forward pass: fewer take less memory")
     gradient_checkpointing: bool = flag(False, "less memory, more time")
     chat_template: Literal["auto", "on", "off"] = flag(
         "auto", "auto uses a model's chat template if it has one, on insists on the policy's"
@@ -187,9 +187,9 @@ class Batch:
             None if self.ref_logps is None else self.ref_logps[rows[:, None], picks],
         )
 
-    def split(self, size: int | None) -> Iterator[tuple[Tensor, "Batch"]]:
-        """Row numbers and rows of micro-batches of at most `size` prompts (None: all)."""
-        for rows in torch.arange(len(self)).split(size or len(self)):
+    def split(self, size: int) -> Iterator[tuple[Tensor, "Batch"]]:
+        """Row numbers and rows of micro-batches of at most `size` prompts."""
+        for rows in torch.arange(len(self)).split(size):
             yield rows, self.select(rows)
 
 
