@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -162,6 +163,19 @@ def against_trl(args: argparse.Namespace) -> None:
         lambda: trl_seconds_a_round(args, 20),
     )
     row("passive online DPO: 16 labels", ours, other, "TRL OnlineDPOTrainer", ">= 5")
+    counts = []
+    for train in (
+        lambda n: train_quietly(sea, explore="passive", device=args.device, num_queries=16 * n),
+        lambda n: trl_seconds_a_round(args, n - 3),  # it does three more
+    ):
+        totals = []
+        for num_rounds in (4, 12):
+            with FlopCounterMode(display=False) as counter:
+                train(num_rounds)
+            totals.append(counter.get_total_flops() / 1e9)
+        counts.append((totals[1] - totals[0]) / 8)  # loading and evaluation cancel
+    words = f"{counts[0]:.1f} GFLOP | TRL OnlineDPOTrainer | {counts[1]:.1f} GFLOP"
+    print(f"| the same: matrix products | {words} | {counts[1] / counts[0]:.2f} | |")
 
 
 # ------------------------------------------------------------------ generation, log-probabilities
@@ -235,14 +249,7 @@ def shares_and_memory(args: argparse.Namespace) -> None:
     for name, script in (("sea", sea), ("selm", selm), ("pilaf", pilaf)):
         shares = phases(script, **flags)
         with tempfile.TemporaryDirectory() as folder:
-            words = [
-                "--num_queries",
-                "512",
-                "--device",
-                args.device,
-                "--output_dir",
-                f"{folder}/run",
-            ]
+            words = f"--num_queries 512 --device {args.device} --output_dir {folder}/run".split()
             command = [sys.executable, str(ROOT / f"{name}.py"), *words]
             before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
             subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
