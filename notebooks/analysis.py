@@ -8,6 +8,7 @@ import json
 import math
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -84,9 +85,11 @@ def isotonic(values: np.ndarray) -> np.ndarray:
 
 
 def fitted(curve: np.ndarray) -> np.ndarray:
-    """A seed-mean curve (L,): isotonic to the maximum of its 3-point running mean, flat after."""
-    top = 1 + int(np.convolve(curve, np.ones(3) / 3, mode="valid").argmax())
-    fit = isotonic(curve[: top + 1])
+    """A seed-mean curve (L,): isotonic to the maximum of its 3-point running mean, flat after. At
+    either end the mean is of two points, so that a curve which still rises is fitted to its end."""
+    window = np.ones(3)
+    means = np.convolve(curve, window, "same") / np.convolve(np.ones(len(curve)), window, "same")
+    fit = isotonic(curve[: means.argmax() + 1])
     return np.concatenate([fit, np.full(len(curve) - len(fit), fit[-1])])
 
 
@@ -141,3 +144,58 @@ def sample_efficiency(
         "passive_labels": of_passive,
         "arm_labels": of_arm,
     }
+
+
+# ------------------------------------------------------------------ tables and curves
+
+
+def with_stderr(values: np.ndarray, digits: int = 3) -> str:
+    """Mean and standard error over seeds, as text."""
+    mean, stderr = mean_and_stderr(values)
+    return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
+
+
+def end_table(arms: dict[str, Runs], names: list[str], metrics: list[str], baseline: str) -> str:
+    """Markdown: the last row's metrics, mean ± standard error over seeds; the first metric also as
+    a paired difference from the baseline with its 95 % interval and the seeds it would take to tell
+    such a difference from 0."""
+    first = metrics[0]
+    lines = ["| arm | seeds | " + " | ".join(metrics) + f" | {first}: minus {baseline} | seeds |"]
+    lines.append("|---" * (len(metrics) + 4) + "|")
+    for name in (name for name in names if name in arms):
+        runs = arms[name]
+        last = {metric: curves(runs, metric, np.array([10**9]))[:, 0] for metric in metrics}
+        cells = [name, str(len(runs)), *(with_stderr(last[metric]) for metric in metrics)]
+        other = curves(arms[baseline], first, np.array([10**9]))[:, 0]
+        if name != baseline and len(other) == len(runs):
+            gap, half = paired(last[first], other)
+            needed = seeds_needed(last[first], other)
+            cells += [f"{gap:+.3f} ± {half:.3f}", f"{needed:.0f}" if needed < 1000 else "> 1000"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def efficiency_table(arms: dict[str, Runs], names: list[str], passive: str = "passive") -> str:
+    """Markdown: labels to passive's start + 80 % of its gain, and passive's over the arm's."""
+    lines = ["| arm | labels to target | passive's / arm's | 95 % interval | evaluations before |"]
+    lines.append("|---|---|---|---|---|")
+    baseline = curves(arms[passive], "win_rate")
+    for name in (name for name in names if len(arms.get(name, {})) == len(baseline)):
+        found = sample_efficiency(baseline, curves(arms[name], "win_rate"))
+        labels = "never" if found["is_bound"] else f"{found['arm_labels']:.0f}"
+        ratio = f"{'below ' * found['is_bound']}{found['ratio']:.2f}"
+        interval = f"{found['low']:.2f} to {found['high']:.2f}"
+        if found["uncrossed"]:
+            interval += f" (not reached in {found['uncrossed']:.0%} of draws)"
+        lines.append(f"| {name} | {labels} | {ratio} | {interval} | {found['readings']} |")
+    return "\n".join(lines)
+
+
+def draw(axis: Any, runs: Runs, metric: str, against: str = "queries", **style: Any) -> None:
+    """A seed-mean curve with a band of one standard error, against another key of the rows."""
+    last = min(max(row["queries"] for row in rows) for rows in runs.values())
+    labels = np.linspace(0, last, 17)
+    x = curves(runs, against, labels).mean(0)
+    mean, stderr = mean_and_stderr(curves(runs, metric, labels))
+    (line,) = axis.plot(x, mean, markevery=2, **style)
+    axis.fill_between(x, mean - stderr, mean + stderr, color=line.get_color(), alpha=0.15, lw=0)

@@ -35,8 +35,10 @@ def test_a_fit_is_flat_after_the_maximum_of_the_running_mean():
     """Means of three: 1, 3, 4.67, 4, 2: the middle of the third is point 3."""
     curve = np.array([0.0, 1, 2, 6, 6, 0, 0])
     assert analysis.fitted(curve).tolist() == [0, 1, 2, 6, 6, 6, 6]
-    curve = np.array([0.0, 3, 1, 5, 4, 2, 1])
+    curve = np.array([0.0, 3, 1, 5, 4, 2, 1])  # means 1.5, 1.33, 3, 3.33, 3.67, 2.33, 1.5
     assert analysis.fitted(curve).tolist() == [0, 2, 2, 4.5, 4.5, 4.5, 4.5]
+    rising = np.array([0.0, 1, 2, 4])  # the last two make the largest mean
+    assert analysis.fitted(rising).tolist() == rising.tolist()
 
 
 @pytest.mark.parametrize(
@@ -104,4 +106,28 @@ def test_curves_are_read_off_between_evaluations_and_online_metrics_weighted_by_
     assert found == pytest.approx(np.array([[0, 0.64, 0.8], [0.4, 0.6, 0.7]]))
     assert analysis.so_far(runs, "online_win_rate") == pytest.approx(
         [1.0, (96 * 0.2 + 64 * 0.6) / 160]
+    )
+
+
+def rows_of(seed, values):
+    queries = range(0, 2049, 2048 // (len(values) - 1))
+    return [dict(queries=q, win_rate=v, gold=2 * v) for q, v in zip(queries, values)]
+
+
+def test_the_tables_hold_means_standard_errors_and_paired_differences():
+    arms = {
+        "passive": {s: rows_of(s, 0.4 + 0.02 * s + 0.2 * (LABELS / 2048)) for s in range(3)},
+        "arm": {s: rows_of(s, 0.4 + 0.04 * s + 0.6 * (LABELS / 2048)) for s in range(3)},
+    }
+    lines = analysis.end_table(arms, ["passive", "arm", "absent"], ["win_rate", "gold"], "passive")
+    _, _, passive, arm = lines.splitlines()
+    assert passive == "| passive | 3 | 0.620 ± 0.012 | 1.240 ± 0.023 |"
+    # gaps .4, .42, .44: mean .42, standard error .02 / sqrt 3, times 4.303
+    needed = (1.96 * 0.02 / 0.42) ** 2
+    assert arm == f"| arm | 3 | 1.040 ± 0.023 | 2.080 ± 0.046 | +0.420 ± 0.050 | {needed:.0f} |"
+    lines = analysis.efficiency_table(arms, ["passive", "arm", "absent"]).splitlines()
+    # passive's mean goes from .42 to .62: .58 is at 1638.4 labels; the arm's from .44 to 1.04
+    assert len(lines) == 4 and lines[2].startswith("| passive | 1638 | 1.00 | 1.00 to 1.00 |")
+    assert lines[3].startswith(
+        f"| arm | {0.14 / 0.6 * 2048:.0f} | {1638.4 / (0.14 / 0.6 * 2048):.2f}"
     )
