@@ -29,8 +29,9 @@ effective_sample_size). It needs temperature 1 and c = --beta; the theory, --lab
 While policy = reference, pilaf *is* vanilla, so compare samplers from a common start that has
 moved, with the reference where it was:
   python pilaf.py --sampler vanilla --num_queries 1024 --num_iterations 1 --output_dir runs/start
-  python pilaf.py --sampler pilaf --model runs/start/model --ref_model ./tiny/sft
-An overfitted start goes through few labels often: --num_queries 256 --num_epochs 40 in the first.
+  python pilaf.py --seed 1 --model runs/start/model --ref_model ./tiny/sft
+(another seed, to see other prompts). An overfitted start goes through few labels often:
+--num_queries 256 --num_epochs 40 in the first.
 
 No code of the authors was found. Not known, hence our choice: learning rate, batch, response
 length, temperature, KL estimator, Bernoulli or argmax labels, how their start was overfitted, what

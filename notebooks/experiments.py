@@ -130,7 +130,8 @@ def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
         return
     words = shlex.split(ARMS[arm].format(**{s: folder(runs, s, seed) for s in STARTS}))
     words += [] if "--eval_every" in words else EVERY_RUN
-    words += [*more, "--seed", str(seed), "--output_dir", str(here)]
+    own_seed = seed + 1000 if arm in STARTS else seed  # what goes on from there sees other prompts
+    words += [*more, "--seed", str(own_seed), "--output_dir", str(here)]
     is_begun = (here / "config.json").exists()
     words += ["--resume"] if is_begun else []
     started = time.monotonic()
@@ -161,7 +162,7 @@ def collect(runs: Path, results: Path, arm: str) -> None:
             continue
         about = json.loads((here / "config.json").read_text())
         seconds = json.loads((here / "seconds.json").read_text())
-        known = dict(arm=arm, seed=about["flags"]["seed"], seconds=seconds)
+        known = dict(arm=arm, seed=int(here.name.split("-")[-1]), seconds=seconds)
         known["commit"] = about["git_commit"]
         rewards = defaultdict(list)  # labels -> of the held-out samples
         for line in (here / "samples.jsonl").read_text().splitlines():
