@@ -6,8 +6,7 @@
     python notebooks/experiments.py --list
 
 Stop it at any moment: what is done is skipped, what was begun is resumed. All arms share the task,
-the oracle, the budget of labels and the shared hyper-parameters, which are the scripts' defaults;
-only evaluations are twice as frequent.
+the oracle, the budget of labels and the shared hyper-parameters, which are the scripts' defaults.
 A file of results/ holds the rows of metrics.jsonl of all seeds of an arm, with "arm", "seed",
 "seconds" (of the whole process, on one thread; null if it was resumed), "commit" and
 "reward_histogram" of the held-out samples.
@@ -30,8 +29,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
 
-# Sample efficiency needs four evaluations before a curve crosses its target.
-EVERY_RUN = ["--eval_every", "128"]
+# Sample efficiency needs four evaluations before a curve crosses its target; here twice as many.
+OFTEN = ("passive", "sea", "sea-no-synthetic", "apl", "xpo", "offline", "best_of_n_oracle")
 
 # Group -> arm -> command. {start} is the folder of the run of the arm "start" with the same seed.
 MOVED = "--model {start}/model --ref_model ./tiny/sft"
@@ -129,7 +128,7 @@ def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
     if (here / "seconds.json").exists():
         return
     words = shlex.split(ARMS[arm].format(**{s: folder(runs, s, seed) for s in STARTS}))
-    words += [] if "--eval_every" in words else EVERY_RUN
+    words += ["--eval_every", "128"] if arm in OFTEN else []
     own_seed = seed + 1000 if arm in STARTS else seed  # what goes on from there sees other prompts
     words += [*more, "--seed", str(own_seed), "--output_dir", str(here)]
     is_begun = (here / "config.json").exists()
