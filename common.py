@@ -792,20 +792,12 @@ class Run:
         require(is_free, f"{folder} holds a run: --resume, --overwrite or another --output_dir?")
 
     def start(self) -> None:
-        """Write config.json; continue from the checkpoint if there is one to be resumed, and cut
-        the JSONL files back to it."""
+        """Continue from the checkpoint, if there is one to be resumed; write config.json; cut the
+        JSONL files back to where they were."""
         config, path = self.config, self.folder / "checkpoint.pt"
         if config.overwrite:
             path.unlink(missing_ok=True)
             shutil.rmtree(self.folder / "model", ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
-        about = dict(flags=dataclasses.asdict(config), versions=versions, git_commit=commit)
-        about["device"] = config.device
-        with writing(self.folder / "config.json") as temporary:
-            temporary.write_text(json.dumps(about, indent=1))
         state = {"counts": {}, "means": {}, "sizes": {}}
         if path.exists():
             try:
@@ -816,7 +808,17 @@ class Run:
                 part.load_state_dict(state[name])
         self.counts.update(state["counts"])
         self.means.update(state["means"])
-        self.oracle.queries = self.counts["queries"]
+        self.oracle.queries = done = self.counts["queries"]
+        wrong = f"--num_queries {config.num_queries}: {self.folder} already has {done} labels"
+        require(config.num_queries >= done, wrong)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
+        about = dict(flags=dataclasses.asdict(config), versions=versions, git_commit=commit)
+        about["device"] = config.device
+        with writing(self.folder / "config.json") as temporary:
+            temporary.write_text(json.dumps(about, indent=1))
         for name in self.jsonl:
             with open(self.folder / name, "ab") as file:
                 file.truncate(state["sizes"].get(name, 0))

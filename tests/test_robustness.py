@@ -202,12 +202,14 @@ def test_a_used_folder_is_refused_and_other_flags_are_named_on_resume(script, tm
     for words, named in (
         ([], ["--overwrite"]),
         (["--resume", "--beta", "0.2", "--seed", "3"], ["--beta", "--seed"]),
+        (["--resume", "--num_queries", "5"], ["--num_queries 5", "has 6 labels"]),
     ):
         process = run_process(script, flags, *words)
         _, err = process.communicate(timeout=100)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert process.returncode == 2 and len(lines) == 1 and "Traceback" not in err
-        assert all(name in lines[0] for name in named) and "--num_queries" not in lines[0]
+        assert all(name in lines[0] for name in named)
+        assert ("--num_queries" in lines[0]) == ("--num_queries" in words)
     assert contents(tmp_path / "run") == before
 
 
