@@ -4,7 +4,6 @@ import importlib.util
 import itertools
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -132,21 +131,3 @@ def test_the_tables_hold_means_standard_errors_and_paired_differences():
     assert lines[3].startswith(
         f"| arm | {0.14 / 0.6 * 2048:.0f} | {1638.4 / (0.14 / 0.6 * 2048):.2f}"
     )
-
-
-def test_the_readmes_results_are_those_of_the_results_folder():
-    arms, readme = analysis.load(), (PATH.parent.parent / "README.md").read_text()
-    section = readme[readme.index("## Results") : readme.index("## How to read the curves")]
-    rows = re.findall(r"^\| `([\w-]+)` \| ([^|]+) \| ([^|]+) \| ([^|]+) \| ([^|]+) \|", section, re.M)
-    assert len(rows) >= 10
-    for name, *cells, efficiency in rows:
-        runs = arms[name]
-        assert sorted(runs) == [0, 1, 2, 3, 4]
-        for metric, cell in zip(("win_rate", "gold", "kl"), cells, strict=True):
-            values = analysis.curves(runs, metric, np.array([10**9]))[:, 0]
-            assert cell.strip() == analysis.with_stderr(values, 2), (name, metric)
-        if efficiency.strip() not in ("", "1"):
-            arm, passive = (analysis.curves(arms[n], "win_rate") for n in (name, "passive"))
-            found = analysis.sample_efficiency(passive, arm)
-            words = f"{found['ratio']:.1f} ({found['low']:.1f} to {found['high']:.1f})"
-            assert efficiency.strip() == "below " * found["is_bound"] + words, name
