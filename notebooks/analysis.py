@@ -57,17 +57,17 @@ def mean_and_stderr(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def paired(values: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
-    """Mean difference of two arms over the seeds they share, (S,) each, and half the width of its
-    95 % interval by Student's t. Arms with one seed see the same prompts and held-out samples."""
+    """Mean difference of two arms, (S,) each, seed by seed, and half the width of its 95 % interval
+    by Student's t. With the same seed the random numbers of held-out samples are the same."""
     mean, stderr = mean_and_stderr(values - baseline)
     return float(mean), float(T_QUANTILES[len(values) - 1] * stderr)
 
 
 def seeds_needed(values: np.ndarray, baseline: np.ndarray) -> float:
-    """Seeds that would tell the observed mean difference, were it the true one, from 0 at 95 %:
-    1.96 standard errors. Infinite if it is 0."""
+    """Seeds with which four of five experiments would tell the observed mean difference, were it
+    the true one, from 0 at 95 %: 1.96 + 0.84 standard errors. Infinite if it is 0."""
     gaps = values - baseline
-    return math.inf if gaps.mean() == 0 else (1.96 * gaps.std(ddof=1) / gaps.mean()) ** 2
+    return math.inf if gaps.mean() == 0 else (2.8 * gaps.std(ddof=1) / gaps.mean()) ** 2
 
 
 # ------------------------------------------------------------------ sample efficiency
@@ -120,10 +120,11 @@ def sample_efficiency(
     """Passive's labels to the target over the arm's, with a 95 % interval.
 
     Win rates (S, L) of both, seed by seed. The interval: a bootstrap over seeds, the same in both
-    arms, the target anew in each draw; the standard deviation of the log ratio times Student's t.
+    arms, the target anew in each draw; the standard deviation of the log ratio (times the root of
+    S / (S - 1), since a bootstrap's is that much too small) times Student's t.
     An arm that does not reach the target is taken at the last label, so `ratio` is an upper bound
-    there (`is_bound`); `uncrossed` is the share of draws in which that happened. `readings` is the
-    number of evaluations before the first of the two crossings: below 4 the ratio means nothing.
+    there (`is_bound`), without an interval; `uncrossed` is the share of draws in which that
+    happened: where it is not 0, the interval is too narrow.
     """
     of_passive, of_arm = crossings(passive, arm, labels)
     rng, logs, num_uncrossed = np.random.default_rng(0), [], 0
@@ -134,13 +135,13 @@ def sample_efficiency(
         logs.append(math.log(max(a, 1) / max(1, min(b, labels[-1]))))
     log_ratio = math.log(of_passive / max(1, min(of_arm, labels[-1])))
     half = T_QUANTILES[len(passive) - 1] * float(np.std(logs))
+    half *= math.sqrt(len(passive) / (len(passive) - 1))
     return {
         "ratio": math.exp(log_ratio),
         "low": math.exp(log_ratio - half),
         "high": math.exp(log_ratio + half),
         "is_bound": math.isinf(of_arm),
         "uncrossed": num_uncrossed / draws,
-        "readings": int((labels < min(of_passive, of_arm)).sum()),
         "passive_labels": of_passive,
         "arm_labels": of_arm,
     }
@@ -160,14 +161,15 @@ def end_table(arms: dict[str, Runs], names: list[str], metrics: list[str], basel
     a paired difference from the baseline with its 95 % interval and the seeds it would take to tell
     such a difference from 0."""
     first = metrics[0]
-    lines = ["| arm | seeds | " + " | ".join(metrics) + f" | {first}: minus {baseline} | seeds |"]
+    head = ["arm", "seeds", *metrics, f"{first}: minus {baseline}", "seeds to tell"]
+    lines = ["| " + " | ".join(head) + " |"]
     lines.append("|---" * (len(metrics) + 4) + "|")
     for name in (name for name in names if name in arms):
         runs = arms[name]
         last = {metric: curves(runs, metric, np.array([10**9]))[:, 0] for metric in metrics}
         cells = [name, str(len(runs)), *(with_stderr(last[metric]) for metric in metrics)]
         other = curves(arms[baseline], first, np.array([10**9]))[:, 0]
-        if name != baseline and len(other) == len(runs):
+        if name != baseline and sorted(runs) == sorted(arms[baseline]):
             gap, half = paired(last[first], other)
             needed = seeds_needed(last[first], other)
             cells += [f"{gap:+.3f} ± {half:.3f}", f"{needed:.0f}" if needed < 1000 else "> 1000"]
@@ -176,18 +178,22 @@ def end_table(arms: dict[str, Runs], names: list[str], metrics: list[str], basel
 
 
 def efficiency_table(arms: dict[str, Runs], names: list[str], passive: str = "passive") -> str:
-    """Markdown: labels to passive's start + 80 % of its gain, and passive's over the arm's."""
+    """Markdown: labels to passive's start + 80 % of its gain, passive's over the arm's, and the
+    evaluations before the first of the two crossings: below 4 the ratio means nothing."""
     lines = ["| arm | labels to target | passive's / arm's | 95 % interval | evaluations before |"]
     lines.append("|---|---|---|---|---|")
-    baseline = curves(arms[passive], "win_rate")
-    for name in (name for name in names if len(arms.get(name, {})) == len(baseline)):
+    baseline, seeds = curves(arms[passive], "win_rate"), sorted(arms[passive])
+    for name in (name for name in names if sorted(arms.get(name, {})) == seeds):
         found = sample_efficiency(baseline, curves(arms[name], "win_rate"))
+        first = min(found["passive_labels"], found["arm_labels"])
+        both = (arms[passive][seeds[0]], arms[name][seeds[0]])
+        num_before = min(sum(row["queries"] < first for row in rows) for rows in both)
         labels = "never" if found["is_bound"] else f"{found['arm_labels']:.0f}"
         ratio = f"{'below ' * found['is_bound']}{found['ratio']:.2f}"
-        interval = f"{found['low']:.2f} to {found['high']:.2f}"
-        if found["uncrossed"]:
-            interval += f" (not reached in {found['uncrossed']:.0%} of draws)"
-        lines.append(f"| {name} | {labels} | {ratio} | {interval} | {found['readings']} |")
+        interval = "" if found["is_bound"] else f"{found['low']:.2f} to {found['high']:.2f}"
+        if interval and found["uncrossed"]:
+            interval += f" (too narrow: not reached in {found['uncrossed']:.0%} of draws)"
+        lines.append(f"| {name} | {labels} | {ratio} | {interval} | {num_before} |")
     return "\n".join(lines)
 
 

@@ -6,10 +6,11 @@
     python notebooks/experiments.py --list
 
 Stop it at any moment: what is done is skipped, what was begun is resumed. All arms share the task,
-the oracle, the budget of labels and the shared hyper-parameters, which are the scripts' defaults.
+the oracle, the budget of labels and the shared hyper-parameters, which are the scripts' defaults;
+SELM's learning rate falls from iteration to iteration, as its paper has it.
 A file of results/ holds the rows of metrics.jsonl of all seeds of an arm, with "arm", "seed",
-"seconds" (of the whole process, on one thread; null if it was resumed), "commit" and
-"reward_histogram" of the held-out samples.
+"seconds" (of the whole process, on one thread, with other runs beside it; null if it was resumed),
+"commit" and "reward_histogram" of the held-out samples.
 """
 
 import argparse
@@ -39,15 +40,16 @@ GRID = {
         "offline": "sea.py --explore passive --offline",
         "passive": "sea.py --explore passive",
         "apl": "sea.py --explore apl",
-        "xpo": "selm.py --bonus xpo",
+        "xpo": "selm.py --bonus xpo --learning_rate_factors 1 1 1",
         "sea": "sea.py",
         "sea-ee": "sea.py --explore ee",
         "sea-uncertainty": "sea.py --explore uncertainty",
         "sea-no-synthetic": "sea.py --gamma 1",
-        "passive-ipo": "sea.py --explore passive --loss ipo",
-        "sea-ipo": "sea.py --loss ipo",
-        "passive-slic": "sea.py --explore passive --loss slic",
-        "sea-slic": "sea.py --loss slic",
+        # beta 0.2 is SEA's for SLiC, and one of the four that it tried for IPO
+        "passive-ipo": "sea.py --explore passive --loss ipo --beta 0.2",
+        "sea-ipo": "sea.py --loss ipo --beta 0.2",
+        "passive-slic": "sea.py --explore passive --loss slic --beta 0.2",
+        "sea-slic": "sea.py --loss slic --beta 0.2",
     },
     "selm": {
         "iterative-dpo": "selm.py --bonus none",
@@ -64,7 +66,7 @@ GRID = {
     },
     "ceiling": {
         "best_of_n_oracle": "pilaf.py --sampler best_of_n_oracle",
-        # As many pairs as the others have labels: 8 scores each, were they to cost no more than 1.
+        # As many pairs as the others have labels: as if a pair's 8 scores cost one label.
         "ceiling": "pilaf.py --sampler best_of_n_oracle --num_queries 16384 --eval_every 1024",
     },
     # The papers' open questions.
@@ -76,16 +78,17 @@ GRID = {
         "variant-4": "sea.py --explore passive --best_of_n 10",
         "variant-5": "sea.py --gamma 1 --best_of_n 10",
         "variant-6": "sea.py --best_of_n 10",
-        "variant-7": "sea.py --gamma 1 --offline --best_of_n 10 --learning_rate 0",
+        "variant-7": "sea.py --explore ee --gamma 1 --offline --best_of_n 10 --learning_rate 0",
         "sea-oracle-synthetic": "sea.py --synthetic_labels oracle --num_queries 2816",
     },
     "noise": {
         f"{arm}-{kind}-{value}": f"notebooks/oracles.py {kind} {value} sea.py {words}"
         for arm, flags in (("sea", ""), ("passive", "--explore passive"))
+        # (sea-shift has a backbone of its own: the default one is the other taste's reward model)
         for kind, values, words in (
             ("flips", (0, 0.1, 0.2, 0.3), f"--labels argmax {flags}"),
             ("temperature", (0.5, 2), flags),
-            ("shift", ("./tiny/erm_backbone",), flags),
+            ("shift", ("./tiny/erm_backbone",), flags or "--erm_backbone reference"),
         )
         for value in values
     },
@@ -131,7 +134,8 @@ def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
     here = folder(runs, arm, seed)
     if (here / "seconds.json").exists():
         return
-    words = shlex.split(ARMS[arm].format(**{s: folder(runs, s, seed) for s in STARTS}))
+    starts = {start: shlex.quote(str(folder(runs, start, seed))) for start in STARTS}
+    words = shlex.split(ARMS[arm].format(**starts))
     words += ["--eval_every", "128"] if arm in OFTEN else []
     own_seed = seed + 1000 if arm in STARTS else seed  # what goes on from there sees other prompts
     words += [*more, "--seed", str(own_seed), "--output_dir", str(here)]
@@ -143,7 +147,8 @@ def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"{arm}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+        last = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
+        raise RuntimeError(f"{arm}, seed {seed}: {last[0]}")
     seconds = None if is_begun else round(time.monotonic() - started, 1)
     (here / "seconds.json").write_text(json.dumps(seconds))
 
@@ -189,7 +194,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--flags", default="", help="further flags of every run, in quotes")
-    parser.add_argument("--list", action="store_true", help="show the commands and stop")
+    parser.add_argument(
+        "--list", action="store_true", help="show the commands of the scripts and stop"
+    )
     args = parser.parse_args()
     arms = args.arms or [arm for group in args.groups for arm in GRID[group]]
     if args.list:

@@ -1,4 +1,4 @@
-"""Train with another annotator: any script, its own flags, and an oracle of one line.
+"""Train with another annotator of duels: a script, its own flags, and an oracle of one line.
 
     python notebooks/oracles.py flips 0.2 sea.py --labels argmax
     python notebooks/oracles.py temperature 2 sea.py --explore passive
@@ -9,7 +9,8 @@ temperature T  P(first is better) = sigmoid((r1 - r2) / T): the larger, the more
 shift FOLDER   the first half of the labels is another reward model's, the second half and the
                metrics are by --reward_model
 
-They change labels only, never the scores of the metrics; a run is resumed as any other.
+They change the answers to duels, never the scores of the metrics, nor a ranking, which is made of
+scores (so not for SELM without --bonus xpo, nor best_of_n_oracle). A run is resumed as any other.
 """
 
 import argparse
@@ -86,6 +87,9 @@ def main() -> None:
     del sys.argv[1:4]  # what is left is the script's own
 
     def train(config: common.Config) -> common.Run:
+        is_ranking = getattr(config, "sampler", "") == "best_of_n_oracle"
+        is_ranking |= getattr(config, "bonus", "xpo") != "xpo"
+        common.require(not is_ranking, f"{kind} changes duels, and this arm asks for rankings")
         if not any(word.startswith("--output_dir") for word in sys.argv):
             config.output_dir += f"-{kind}-{Path(value).name}"
         return script.train(config, ORACLES[kind](config, value))

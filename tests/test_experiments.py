@@ -123,4 +123,9 @@ def test_another_oracle_trains_by_one_command_and_says_what_it_was_given(folder,
     ):
         done = subprocess.run([*command, *bad], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr
+    for words in (["selm.py"], ["pilaf.py", "--sampler", "best_of_n_oracle"]):
+        done = subprocess.run(
+            [*command, "flips", "0.5", *words], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 2 and "rankings" in done.stderr
     assert subprocess.run([*command, "nobody"], capture_output=True, text=True).returncode == 1
