@@ -67,12 +67,12 @@ class Config:
     output_dir: str | None = flag(None, "folder of the run (default: runs/SCRIPT-ARM-SEED)")
     seed: int = flag(0, "of every random stream")
     num_queries: int = flag(2048, "labels to ask of the oracle in all")
-    batch_size: int = flag(16, "prompts a round (papers: 128)")
+    batch_size: int = flag(16, "prompts a round (SEA: 128; SELM: 128 or 256)")
     max_prompt_length: int = flag(128, "tokens; longer prompts are dropped, with a count")
     max_new_tokens: int = flag(28, "tokens of a response, EOS included")
     temperature: float = flag(1.0, "of sampling, applied after any combination of logits")
     beta: float = flag(0.1, "strength of the KL penalty")
-    learning_rate: float = flag(3e-4, "of AdamW, constant after warm-up (papers: 5e-7)")
+    learning_rate: float = flag(3e-4, "of AdamW, constant after warm-up (SEA, SELM: 5e-7)")
     warmup_steps: int = flag(5, "gradient steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
     labels: Literal["bernoulli", "argmax"] = flag(
@@ -647,7 +647,8 @@ def plain_text(prompt: str, response: str) -> str:
 class Oracle:
     """The annotator: a reward model of one label. Labels are counted in `queries`, scores are not.
 
-    Anything else can stand in (a rule, a judge, a student): override `score` or `prefer`.
+    Anything else can stand in (a rule, a judge, a student): override `prefer`, the answer to a duel,
+    or `score`, which rankings and metrics read.
     """
 
     def __init__(self, config: Config) -> None:

@@ -35,7 +35,7 @@ moved, with the reference where it was:
 
 No code of the authors was found. Not known, hence our choice: learning rate, batch, response
 length, temperature, KL estimator, Bernoulli or argmax labels, how their start was overfitted, what
-an iteration is. Differences: a reward of 1M weights, not 8B; a constant rate, not a cosine.
+an iteration is. A difference: a reward model of 1M weights, not 8B.
 
     python pilaf.py      # 1 minute on two CPU cores, offline. On a GPU: not measured
 
