@@ -647,8 +647,8 @@ def plain_text(prompt: str, response: str) -> str:
 class Oracle:
     """The annotator: a reward model of one label. Labels are counted in `queries`, scores are not.
 
-    Anything else can stand in (a rule, a judge, a student): override `prefer`, the answer to a duel,
-    or `score`, which rankings and metrics read.
+    Anything else can stand in (a rule, a judge, a student): override `prefer`, the answer to a
+    duel, or `score`, which rankings and metrics read.
     """
 
     def __init__(self, config: Config) -> None:
