@@ -172,7 +172,10 @@ def end_table(arms: dict[str, Runs], names: list[str], metrics: list[str], basel
         if name != baseline and sorted(runs) == sorted(arms[baseline]):
             gap, half = paired(last[first], other)
             needed = seeds_needed(last[first], other)
-            cells += [f"{gap:+.3f} ± {half:.3f}", f"{needed:.0f}" if needed < 1000 else "> 1000"]
+            cells += [
+                f"{gap:+.3f} ± {half:.3f}",
+                str(max(2, math.ceil(needed))) if needed < 1000 else "> 1000",
+            ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
