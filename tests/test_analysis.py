@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +161,24 @@ def test_an_arm_that_never_crosses_has_no_interval():
     }
     cells = analysis.efficiency_table(arms, ["flat"]).splitlines()[2].split(" | ")
     assert cells[1] == "never" and cells[2].startswith("below 0.") and cells[3] == ""
+
+
+def test_the_readmes_results_are_those_of_the_results_folder():
+    arms, readme = analysis.load(), (PATH.parent.parent / "README.md").read_text()
+    section = readme[readme.index("## Results") : readme.index("## How to read the curves")]
+    rows = [[cell.strip() for cell in line.split("|")[1:6]] for line in section.splitlines()]
+    rows = [row for row in rows if row and re.fullmatch(r"`[\w-]+`", row[0])]
+    assert len(rows) >= 10
+    for name, *cells, efficiency in rows:
+        runs = arms[name := name.strip("`")]
+        assert sorted(runs) == [0, 1, 2, 3, 4]
+        for metric, cell in zip(("win_rate", "gold", "kl"), cells, strict=True):
+            values = analysis.curves(runs, metric, np.array([10**9]))[:, 0]
+            assert cell == analysis.with_stderr(values, 2), (name, metric)
+        if efficiency not in ("", "1"):
+            arm, passive = (analysis.curves(arms[n], "win_rate") for n in (name, "passive"))
+            found = analysis.sample_efficiency(passive, arm)
+            words = f"{'below ' * found['is_bound']}{found['ratio']:.1f}"
+            if not found["is_bound"]:
+                words += f" ({found['low']:.1f} to {found['high']:.1f})"
+            assert efficiency == words, name
