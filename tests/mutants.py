@@ -3,12 +3,10 @@
     python tests/mutants.py            # all
     python tests/mutants.py 3 17 90    # those numbers
 
-Some seconds each, a survivor minutes; not yet timed as a whole.
-
-A mutant is one replacement in a copy of the working tree. It
-is killed if the quick half of its test files fails, or takes more than 300 s; the tests that killed
-the mutants before it run first. The list holds errors only, no change that cannot be told from the
-original. Exits 1 if fewer than 95 % are killed.
+All take half an hour on one core of a busy machine. A mutant is one replacement in a copy of the
+working tree. It is killed if the quick half of its test files fails, or takes more than 300 s; the
+tests that killed the mutants before it run first. The list holds errors only, no change that cannot
+be told from the original. Exits 1 if fewer than 95 % are killed.
 """
 
 import os
