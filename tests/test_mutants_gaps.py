@@ -143,7 +143,7 @@ def test_each_step_compares_with_the_initial_model_once_the_policy_has_moved(
 def test_the_length_of_an_evaluation_is_a_mean_over_responses_without_padding(model) -> None:
     run = SimpleNamespace(
         eval_responses=lambda num, name: make_batch([3, 3, 3], [[1], [6], [2]]),
-        policy=model, ref_model=model, config=SimpleNamespace(micro_batch_size=None, beta=0.1),
+        policy=model, ref_model=model, config=SimpleNamespace(micro_batch_size=64, beta=0.1),
         oracle=SimpleNamespace(score=lambda _, texts: torch.zeros(len(texts), 1)),
         baseline=[["cat"]] * 3, baseline_rewards=torch.zeros(3), compared_with="reference",
     )  # fmt: skip
