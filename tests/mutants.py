@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT, TIMEOUT = Path(__file__).resolve().parent.parent, 300
@@ -191,7 +192,7 @@ for line in LIST.strip().splitlines():
         MUTANTS.append((target, *line.replace("\\n", "\n").split(" => "), tests))
 
 
-def outcome(folder: Path, tests: list[str]) -> str:
+def outcome(folder: Path, tests: Iterable[str]) -> str:
     command = [sys.executable, "-m", "pytest", "-x", "-q", "--ff", *tests]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     options = dict(cwd=folder, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
@@ -218,6 +219,9 @@ def main() -> int:
             if (ROOT / file).exists():
                 (folder / file).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / file, folder / file)
+        for tests in {tuple(MUTANTS[number][-1]) for number in numbers}:
+            said = outcome(folder, tests)  # or every mutant would seem to be killed
+            assert said == "SURVIVED", f"without a mutant: {said}"
         for number in numbers:
             file, old, new, tests = MUTANTS[number]
             before = time.perf_counter()
