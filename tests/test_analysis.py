@@ -182,3 +182,25 @@ def test_the_readmes_results_are_those_of_the_results_folder():
             if not found["is_bound"]:
                 words += f" ({found['low']:.1f} to {found['high']:.1f})"
             assert efficiency == words, name
+
+
+def test_arms_of_other_seeds_get_no_paired_difference():
+    runs = {s: rows_of(s, [0.4, 0.5 + 0.01 * s, 0.6]) for s in range(3)}
+    arms = {"passive": runs, "other": {s + 1: rows for s, rows in runs.items()}}
+    lines = analysis.end_table(arms, ["other"], ["win_rate"], "passive").splitlines()
+    assert lines[2] == "| other | 3 | 0.600 ± 0.000 |"
+
+
+def test_a_curve_is_drawn_through_the_means_of_both_axes():
+    """Two seeds whose compute differs: x is their mean at the same labels, as y is."""
+    plt = pytest.importorskip("matplotlib.pyplot")
+    runs = {
+        seed: [dict(queries=q, steps=q * (seed + 1), win_rate=q + seed) for q in (0, 80, 160)]
+        for seed in range(2)
+    }
+    _, axis = plt.subplots()
+    analysis.draw(axis, runs, "win_rate", "steps")
+    (line,) = axis.lines
+    assert line.get_xdata() == pytest.approx(1.5 * np.linspace(0, 160, 17))
+    assert line.get_ydata() == pytest.approx(np.linspace(0, 160, 17) + 0.5)
+    plt.close("all")
