@@ -33,12 +33,19 @@ def load(results: Path = RESULTS) -> dict[str, Runs]:
     return arms
 
 
-def curves(runs: Runs, metric: str, labels: np.ndarray = GRID_OF_LABELS) -> np.ndarray:
-    """A metric of each seed at the given numbers of labels, (S, L)."""
+def curves(
+    runs: Runs, metric: str, labels: np.ndarray = GRID_OF_LABELS, against: str = "queries"
+) -> np.ndarray:
+    """A metric of each seed at the given numbers of labels, or of what `against` counts, (S, L)."""
     rows = [[row for row in runs[seed] if metric in row] for seed in sorted(runs)]
     return np.array(
-        [np.interp(labels, [r["queries"] for r in own], [r[metric] for r in own]) for own in rows]
+        [np.interp(labels, [r[against] for r in own], [r[metric] for r in own]) for own in rows]
     )
+
+
+def at(runs: Runs, metric: str, labels: float = math.inf, against: str = "queries") -> np.ndarray:
+    """A metric of each seed at one number of labels, by default at the end, (S,)."""
+    return curves(runs, metric, np.array([labels]), against)[:, 0]
 
 
 def so_far(runs: Runs, metric: str) -> np.ndarray:
@@ -156,22 +163,29 @@ def with_stderr(values: np.ndarray, digits: int = 3) -> str:
     return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
 
 
-def end_table(arms: dict[str, Runs], names: list[str], metrics: list[str], baseline: str) -> str:
-    """Markdown: the last row's metrics, mean ± standard error over seeds; the first metric also as
-    a paired difference from the baseline with its 95 % interval and the seeds it would take to tell
-    such a difference from 0."""
+def end_table(
+    arms: dict[str, Runs],
+    names: list[str],
+    metrics: list[str],
+    baseline: str,
+    labels: float = math.inf,
+    against: str = "queries",
+) -> str:
+    """Markdown: metrics at the end, or at a number of labels (or of what `against` counts), mean ±
+    standard error over seeds; the first metric also as a paired difference from the baseline with
+    its 95 % interval and the seeds it would take to tell such a difference from 0."""
     first = metrics[0]
     head = ["arm", "seeds", *metrics, f"{first}: minus {baseline}", "seeds to tell"]
     lines = ["| " + " | ".join(head) + " |"]
     lines.append("|---" * (len(metrics) + 4) + "|")
     for name in (name for name in names if name in arms):
         runs = arms[name]
-        last = {metric: curves(runs, metric, np.array([10**9]))[:, 0] for metric in metrics}
-        cells = [name, str(len(runs)), *(with_stderr(last[metric]) for metric in metrics)]
-        other = curves(arms[baseline], first, np.array([10**9]))[:, 0]
+        values = {metric: at(runs, metric, labels, against) for metric in metrics}
+        cells = [name, str(len(runs)), *(with_stderr(values[metric]) for metric in metrics)]
         if name != baseline and sorted(runs) == sorted(arms[baseline]):
-            gap, half = paired(last[first], other)
-            needed = seeds_needed(last[first], other)
+            other = at(arms[baseline], first, labels, against)
+            gap, half = paired(values[first], other)
+            needed = seeds_needed(values[first], other)
             cells += [
                 f"{gap:+.3f} ± {half:.3f}",
                 str(max(2, math.ceil(needed))) if needed < 1000 else "> 1000",

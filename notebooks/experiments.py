@@ -6,8 +6,9 @@
     python notebooks/experiments.py --list
 
 Stop it at any moment: what is done is skipped, what was begun is resumed. All arms share the task,
-the oracle, the budget of labels and the shared hyper-parameters, which are the scripts' defaults;
-SELM's learning rate falls from iteration to iteration, as its paper has it.
+the oracle, the budget of 2,048 labels and the shared hyper-parameters, which are the scripts'
+defaults; SELM's learning rate falls from iteration to iteration, as its paper has it. The groups
+"anchor", "variants" and "noise" stop at 1,024 labels, where arms that run on can be read off too.
 A file of results/ holds the rows of metrics.jsonl of all seeds of an arm, with "arm", "seed",
 "seconds" (of the whole process, on one thread, with other runs beside it; null if it was resumed),
 "commit" and "reward_histogram" of the held-out samples.
@@ -35,7 +36,13 @@ OFTEN = ("passive", "sea", "sea-no-synthetic", "apl", "xpo", "offline", "best_of
 
 # Group -> arm -> command. {start} is the folder of the run of the arm "start" with the same seed.
 MOVED = "--model {start}/model --ref_model ./tiny/sft"
+SHORT = "--num_queries 1024"
 GRID = {
+    # How the shared learning rate was chosen: on the baseline, on seeds that no result uses.
+    "rates": {
+        f"passive-rate-{rate}": f"sea.py --explore passive --learning_rate {rate}"
+        for rate in ("1e-4", "2e-4", "3e-4", "5e-4", "8e-4")
+    },
     "sea": {
         "offline": "sea.py --explore passive --offline",
         "passive": "sea.py --explore passive",
@@ -71,28 +78,33 @@ GRID = {
     },
     # The papers' open questions.
     "gamma": {f"sea-gamma-{gamma}": f"sea.py --gamma {gamma}" for gamma in (0.5, 0.3)},
-    "anchor": {f"sea-anchor-{anchor}": f"sea.py --anchor {anchor}" for anchor in (0, 0.1, 10)}
-    | {"sea-anchor-released": "sea.py --anchor released"},
+    "anchor": {
+        f"sea-anchor-{anchor}": f"sea.py --anchor {anchor} {SHORT}"
+        for anchor in (0, 0.1, 10, "released")
+    },
     "variants": {
-        "sea-logit-variance": "sea.py --bai_variance logit",
-        "variant-4": "sea.py --explore passive --best_of_n 10",
-        "variant-5": "sea.py --gamma 1 --best_of_n 10",
-        "variant-6": "sea.py --best_of_n 10",
-        "variant-7": "sea.py --explore ee --gamma 1 --offline --best_of_n 10 --learning_rate 0",
-        "sea-oracle-synthetic": "sea.py --synthetic_labels oracle --num_queries 2816",
+        "sea-logit-variance": f"sea.py --bai_variance logit {SHORT}",
+        "variant-4": f"sea.py --explore passive --best_of_n 10 {SHORT}",
+        "variant-5": f"sea.py --gamma 1 --best_of_n 10 {SHORT}",
+        "variant-6": f"sea.py --best_of_n 10 {SHORT}",
+        "variant-7": "sea.py --explore ee --gamma 1 --offline --best_of_n 10 --learning_rate 0 "
+        + SHORT,
+        # Every label counts here; of 1,408 about 1,024 are of duels that sea.py would pay for.
+        "sea-oracle-synthetic": "sea.py --synthetic_labels oracle --num_queries 1408",
     },
     "noise": {
-        f"{arm}-{kind}-{value}": f"notebooks/oracles.py {kind} {value} sea.py {words}"
-        for arm, flags in (("sea", ""), ("passive", "--explore passive"))
-        # (sea-shift has a backbone of its own: the default one is the other taste's reward model)
-        for kind, values, words in (
-            ("flips", (0, 0.1, 0.2, 0.3), f"--labels argmax {flags}"),
-            ("temperature", (0.5, 2), flags),
-            ("shift", ("./tiny/erm_backbone",), flags or "--erm_backbone reference"),
-        )
+        f"{arm}-{kind}-{value}": f"notebooks/oracles.py {kind} {value} sea.py{flags} {SHORT}"
+        + " --labels argmax" * (kind == "flips")
+        for arm, flags in (("sea", ""), ("passive", " --explore passive"))
+        for kind, values in (("flips", (0, 0.1, 0.2, 0.3)), ("temperature", (0.5, 2)))
         for value in values
     },
-    "alpha": {f"selm-alpha-{alpha}": f"selm.py --alpha {alpha}" for alpha in (1e-4, 1e-2)},
+    "shift": {
+        # (SEA with a backbone of its own: the default one is the first taste's reward model)
+        f"{arm}-shift": f"notebooks/oracles.py shift ./tiny/erm_backbone sea.py {flags}"
+        for arm, flags in (("sea", "--erm_backbone reference"), ("passive", "--explore passive"))
+    },
+    "alpha": {f"selm-alpha-{alpha}": f"selm.py --alpha {alpha}" for alpha in (1e-4, 0.01, 0.1, 1)},
     "starts": {
         "start-512": "pilaf.py --sampler vanilla --num_queries 512 --num_iterations 1",
         "start-4096": "pilaf.py --sampler vanilla --num_queries 4096 --num_iterations 1",
@@ -120,9 +132,13 @@ GRID = {
         )
     },
 }
-GRID["noise"] = {arm.replace("-./tiny/erm_backbone", ""): w for arm, w in GRID["noise"].items()}
 ARMS = {arm: words for group in GRID.values() for arm, words in group.items()}
 STARTS = [arm for arm in ARMS if arm.startswith("start")]
+
+
+def seeds_of(arm: str) -> list[int]:
+    """Fixed before looking."""
+    return [100, 101, 102] if arm in GRID["rates"] else [0, 1, 2, 3, 4]
 
 
 def folder(runs: Path, arm: str, seed: int) -> Path:
@@ -189,7 +205,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--groups", nargs="+", choices=GRID, default=list(GRID))
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="instead of whole groups")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4; rates: 100 to 102")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -204,7 +220,7 @@ def main() -> None:
         return
     wanted = [start for start in STARTS if any(f"{{{start}}}" in ARMS[arm] for arm in arms)]
     arms = [*(start for start in wanted if start not in arms), *arms]
-    todo = [(arm, seed) for arm in arms for seed in args.seeds]
+    todo = [(arm, seed) for arm in arms for seed in args.seeds or seeds_of(arm)]
     stages = [
         [job for job in todo if job[0] in STARTS],
         [job for job in todo if job[0] not in STARTS],

@@ -69,8 +69,13 @@ def folder(tmp_path_factory) -> Path:
         make_tokenizer().save_pretrained(root / name)
     for name, size in (("train", 40), ("test", 10)):
         rows = [
-            dict(prompt=f"The cat {name} number {i}. TL;DR:", reference=f"cat {i}",
-                 other=f"a cat {i}", facts=["cat"], wrong_facts=["dog"])  # fmt: skip
+            dict(
+                prompt=f"The cat {name} number {i}. TL;DR:",
+                reference=f"cat {i}",
+                other=f"a cat {i}",
+                facts=["cat"],
+                wrong_facts=["dog"],
+            )  # fmt: skip
             for i in range(size)
         ]
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -133,6 +133,26 @@ def test_the_tables_hold_means_standard_errors_and_paired_differences():
     )
 
 
+def test_arms_can_be_read_off_before_their_end_and_at_equal_compute():
+    """Win rate rises by one a thousand labels; the arm pays twice the streams a label."""
+    arms = {
+        name: {
+            s: [dict(queries=q, streams=q * cost, win_rate=q / 1000 + s) for q in (0, 1000, last)]
+            for s in range(2)
+        }
+        for name, cost, last in (("passive", 1, 3000), ("arm", 2, 2000))
+    }
+    for against, labels, expected in (
+        ("queries", 1500, (2.0, 2.0)),
+        ("streams", 1500, (2.0, 1.25)),
+        ("queries", math.inf, (3.5, 2.5)),
+    ):
+        lines = analysis.end_table(arms, list(arms), ["win_rate"], "passive", labels, against)
+        means = tuple(float(line.split("|")[3].split("±")[0]) for line in lines.splitlines()[2:])
+        assert means == expected
+    assert lines.splitlines()[3].split("|")[4].strip() == "-1.000 ± 0.000"
+
+
 def test_the_interval_is_students_for_a_log_ratio_of_means_over_seeds():
     """Arms whose curves are straight and whose crossings are known: the bootstrap's deviation,
     times the root of 5 / 4, is the standard error of a mean."""
@@ -173,8 +193,7 @@ def test_the_readmes_results_are_those_of_the_results_folder():
         runs = arms[name := name.strip("`")]
         assert sorted(runs) == [0, 1, 2, 3, 4]
         for metric, cell in zip(("win_rate", "gold", "kl"), cells, strict=True):
-            values = analysis.curves(runs, metric, np.array([10**9]))[:, 0]
-            assert cell == analysis.with_stderr(values, 2), (name, metric)
+            assert cell == analysis.with_stderr(analysis.at(runs, metric), 2), (name, metric)
         if efficiency not in ("", "1"):
             arm, passive = (analysis.curves(arms[n], "win_rate") for n in (name, "passive"))
             found = analysis.sample_efficiency(passive, arm)

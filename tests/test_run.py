@@ -218,6 +218,7 @@ def test_micro_batches_and_checkpointing_change_nothing_beyond_rounding(flags, f
 
 def test_identical_duels_are_never_sent(flags, folder):
     """With one token a response nearly all passive duels are between equal texts."""
+
     class Strict(common.Oracle):
         def label(self, prompts, duels):
             assert all(a != b for a, b in duels)
@@ -333,8 +334,16 @@ def test_the_other_losses_train(loss, flags, folder):
 def test_offline_responses_come_from_the_reference(flags, folder, tmp_path):
     """Two runs that differ in the policy's learning rate collect the same duels."""
     runs = [
-        sea.train(make(flags, folder, explore="passive", offline=True, learning_rate=rate,
-                       output_dir=str(tmp_path / str(rate))))  # fmt: skip
+        sea.train(
+            make(
+                flags,
+                folder,
+                explore="passive",
+                offline=True,
+                learning_rate=rate,
+                output_dir=str(tmp_path / str(rate)),
+            )
+        )  # fmt: skip
         for rate in (1e-3, 0.0)
     ]
     a, b = (contents(run.folder) for run in runs)
