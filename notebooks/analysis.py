@@ -163,6 +163,14 @@ def with_stderr(values: np.ndarray, digits: int = 3) -> str:
     return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
 
 
+def difference_cells(values: np.ndarray, baseline: np.ndarray) -> list[str]:
+    """A paired difference with its 95 % interval, and the seeds to tell such a one from 0."""
+    gap, half = paired(values, baseline)
+    needed = seeds_needed(values, baseline)
+    seeds = str(max(2, math.ceil(needed))) if needed < 1000 else "> 1000"
+    return [f"{gap:+.3f} ± {half:.3f}", seeds]
+
+
 def end_table(
     arms: dict[str, Runs],
     names: list[str],
@@ -183,14 +191,22 @@ def end_table(
         values = {metric: at(runs, metric, labels, against) for metric in metrics}
         cells = [name, str(len(runs)), *(with_stderr(values[metric]) for metric in metrics)]
         if name != baseline and sorted(runs) == sorted(arms[baseline]):
-            other = at(arms[baseline], first, labels, against)
-            gap, half = paired(values[first], other)
-            needed = seeds_needed(values[first], other)
-            cells += [
-                f"{gap:+.3f} ± {half:.3f}",
-                str(max(2, math.ceil(needed))) if needed < 1000 else "> 1000",
-            ]
+            cells += difference_cells(values[first], at(arms[baseline], first, labels, against))
         lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def difference_table(
+    arms: dict[str, Runs], pairs: list[tuple[str, str]], metric: str, labels: float = math.inf
+) -> str:
+    """Markdown: of each (arm, baseline) the metric at a number of labels, and their difference."""
+    head = f"| arm | {metric} | baseline | {metric} | difference, 95 % | seeds to tell |"
+    lines = [head, "|---|---|---|---|---|---|"]
+    for pair in pairs:
+        if all(name in arms for name in pair) and sorted(arms[pair[0]]) == sorted(arms[pair[1]]):
+            values, other = (at(arms[name], metric, labels) for name in pair)
+            cells = [pair[0], with_stderr(values), pair[1], with_stderr(other)]
+            lines.append("| " + " | ".join(cells + difference_cells(values, other)) + " |")
     return "\n".join(lines)
 
 
@@ -222,3 +238,19 @@ def draw(axis: Any, runs: Runs, metric: str, against: str = "queries", **style: 
     mean, stderr = mean_and_stderr(curves(runs, metric, labels))
     (line,) = axis.plot(x, mean, markevery=2, **style)
     axis.fill_between(x, mean - stderr, mean + stderr, color=line.get_color(), alpha=0.15, lw=0)
+
+
+def draw_differences(
+    axis: Any, arms: dict[str, Runs], pairs: dict[str, tuple[str, str]], metric: str,
+    labels: float = math.inf, **style: Any,
+) -> None:  # fmt: skip
+    """A row each {name: (arm, baseline)}: the paired difference and its 95 % interval."""
+    found = {
+        name: paired(*(at(arms[arm], metric, labels) for arm in pair))
+        for name, pair in pairs.items()
+        if all(arm in arms for arm in pair) and sorted(arms[pair[0]]) == sorted(arms[pair[1]])
+    }
+    gaps, halves = ([values[i] for values in found.values()] for i in (0, 1))
+    axis.axvline(0, color="0.6", lw=1)
+    axis.errorbar(gaps, list(found), xerr=halves, fmt="o", capsize=3, **style)
+    axis.invert_yaxis()

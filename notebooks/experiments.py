@@ -32,7 +32,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
 
 # Sample efficiency needs four evaluations before a curve crosses its target; here twice as many.
-OFTEN = ("passive", "sea", "sea-no-synthetic", "apl", "xpo", "offline", "best_of_n_oracle")
+OFTEN = (
+    "passive", "sea", "sea-no-synthetic", "apl", "xpo", "offline", "best_of_n_oracle",
+    "passive-shift", "sea-shift",
+)  # fmt: skip
 
 # Group -> arm -> command. {start} is the folder of the run of the arm "start" with the same seed.
 MOVED = "--model {start}/model --ref_model ./tiny/sft"
