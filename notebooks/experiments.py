@@ -101,7 +101,8 @@ GRID = {
         for arm, flags in (("sea", ""), ("passive", " --explore passive"))
         for kind, values in (("flips", (0, 0.1, 0.2, 0.3)), ("temperature", (0.5, 2)))
         for value in values
-    },
+    }
+    | {"apl-flips-0": f"sea.py --explore apl --labels argmax {SHORT}"},
     "shift": {
         # (SEA with a backbone of its own: the default one is the first taste's reward model)
         f"{arm}-shift": f"notebooks/oracles.py shift ./tiny/erm_backbone sea.py {flags}"
