@@ -39,7 +39,8 @@ OFTEN = (
 
 # Group -> arm -> command. {start} is the folder of the run of the arm "start" with the same seed.
 MOVED = "--model {start}/model --ref_model ./tiny/sft"
-SHORT = "--num_queries 1024"
+SHORT = "--num_queries 1024 --eval_every 512"
+SELDOM = "--eval_every 512"
 GRID = {
     # How the shared learning rate was chosen: on the baseline, on seeds that no result uses.
     "rates": {
@@ -108,26 +109,29 @@ GRID = {
         f"{arm}-shift": f"notebooks/oracles.py shift ./tiny/erm_backbone sea.py {flags}"
         for arm, flags in (("sea", "--erm_backbone reference"), ("passive", "--explore passive"))
     },
-    "alpha": {f"selm-alpha-{alpha}": f"selm.py --alpha {alpha}" for alpha in (1e-4, 0.01, 0.1, 1)},
+    "alpha": {  # (selm.py evaluates at the end of each iteration all the same)
+        f"selm-alpha-{alpha}": f"selm.py --alpha {alpha} --eval_every 2048"
+        for alpha in (1e-4, 0.01, 0.1, 1)
+    },
     "starts": {
         "start-512": "pilaf.py --sampler vanilla --num_queries 512 --num_iterations 1",
         "start-4096": "pilaf.py --sampler vanilla --num_queries 4096 --num_iterations 1",
         "start-overfitted": "pilaf.py --sampler vanilla --num_queries 256 --num_iterations 1"
         " --num_epochs 40",
         **{
-            f"{sampler}-from-{start}": f"pilaf.py --sampler {sampler} "
+            f"{sampler}-from-{start}": f"pilaf.py --sampler {sampler} {SELDOM} "
             + MOVED.replace("{start}", f"{{start-{start}}}")
             for start in ("512", "4096", "overfitted")
             for sampler in ("vanilla", "pilaf")
         },
     },
     "interpolation": {
-        "pilaf-weighted": f"pilaf.py --importance_weights {MOVED}",
-        "pilaf-beta-0.3": f"pilaf.py --sampler_beta 0.3 {MOVED}",
-        "pilaf-beta-1": f"pilaf.py --sampler_beta 1 {MOVED}",
+        "pilaf-weighted": f"pilaf.py --importance_weights {MOVED} {SELDOM}",
+        "pilaf-beta-0.3": f"pilaf.py --sampler_beta 0.3 {MOVED} {SELDOM}",
+        "pilaf-beta-1": f"pilaf.py --sampler_beta 1 {MOVED} {SELDOM}",
     },
     "long": {
-        f"{arm}-long": f"{words} --num_queries 8000 --labels argmax --eval_every 500"
+        f"{arm}-long": f"{words} --num_queries 8000 --labels argmax --eval_every 1000"
         for arm, words in (
             ("passive", "sea.py --explore passive"),
             ("sea", "sea.py"),
