@@ -114,10 +114,11 @@ GRID = {
         for alpha in (1e-4, 0.01, 0.1, 1)
     },
     "starts": {
-        "start-512": "pilaf.py --sampler vanilla --num_queries 512 --num_iterations 1",
-        "start-4096": "pilaf.py --sampler vanilla --num_queries 4096 --num_iterations 1",
+        "start-512": "pilaf.py --sampler vanilla --num_queries 512 --num_iterations 1 --eval_every 4096",
+        "start-4096": "pilaf.py --sampler vanilla --num_queries 4096 --num_iterations 1"
+        " --eval_every 4096",
         "start-overfitted": "pilaf.py --sampler vanilla --num_queries 256 --num_iterations 1"
-        " --num_epochs 40",
+        " --num_epochs 40 --eval_every 4096",
         **{
             f"{sampler}-from-{start}": f"pilaf.py --sampler {sampler} {SELDOM} "
             + MOVED.replace("{start}", f"{{start-{start}}}")
