@@ -114,7 +114,8 @@ GRID = {
         for alpha in (1e-4, 0.01, 0.1, 1)
     },
     "starts": {
-        "start-512": "pilaf.py --sampler vanilla --num_queries 512 --num_iterations 1 --eval_every 4096",
+        "start-512": "pilaf.py --sampler vanilla --num_queries 512 --num_iterations 1"
+        " --eval_every 4096",
         "start-4096": "pilaf.py --sampler vanilla --num_queries 4096 --num_iterations 1"
         " --eval_every 4096",
         "start-overfitted": "pilaf.py --sampler vanilla --num_queries 256 --num_iterations 1"
