@@ -254,3 +254,19 @@ def draw_differences(
     axis.axvline(0, color="0.6", lw=1)
     axis.errorbar(gaps, list(found), xerr=halves, fmt="o", capsize=3, **style)
     axis.invert_yaxis()
+
+
+def figure(
+    arms: dict[str, Runs], names: list[str], panels: list[str], against: str = "queries"
+) -> None:
+    """One panel a metric, in it a curve for each arm that there is."""
+    import matplotlib.pyplot as plt
+
+    width = 4.2 * len(panels)
+    _, axes = plt.subplots(1, len(panels), figsize=(width, 3.2), squeeze=False)
+    for axis, metric in zip(axes[0], panels, strict=True):
+        for name in (name for name in names if name in arms):
+            draw(axis, arms[name], metric, against, label=name)
+        axis.set(xlabel="labels" if against == "queries" else against, ylabel=metric)
+    axes[0, 0].legend(fontsize=7)
+    plt.show()

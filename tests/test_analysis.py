@@ -246,3 +246,15 @@ def test_a_curve_is_drawn_through_the_means_of_both_axes():
     assert line.get_xdata() == pytest.approx(1.5 * np.linspace(0, 160, 17))
     assert line.get_ydata() == pytest.approx(np.linspace(0, 160, 17) + 0.5)
     plt.close("all")
+
+
+def test_a_figure_has_a_panel_for_each_metric_and_a_curve_for_each_arm_there_is(monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "show", lambda: None)
+    arms = {name: {s: rows_of(s, [0.4, 0.5 + 0.1 * s]) for s in range(2)} for name in "ab"}
+    analysis.figure(arms, ["a", "b", "absent"], ["win_rate", "gold"])
+    axes = plt.gcf().axes
+    assert [axis.get_ylabel() for axis in axes] == ["win_rate", "gold"]
+    assert [[line.get_label() for line in axis.lines] for axis in axes] == [["a", "b"]] * 2
+    assert axes[1].lines[0].get_ydata()[-1] == pytest.approx(1.1)
+    plt.close("all")
