@@ -34,7 +34,7 @@ RESULTS = ROOT / "notebooks" / "results"
 # Sample efficiency needs four evaluations before a curve crosses its target; here twice as many.
 OFTEN = (
     "passive", "sea", "sea-no-synthetic", "apl", "xpo", "offline", "best_of_n_oracle",
-    "passive-shift", "sea-shift",
+    "sea-random-duels", "sea-plain-backbone", "passive-shift", "sea-shift",
 )  # fmt: skip
 
 # Group -> arm -> command. {start} is the folder of the run of the arm "start" with the same seed.
@@ -79,6 +79,11 @@ GRID = {
         "best_of_n_oracle": "pilaf.py --sampler best_of_n_oracle",
         # As many pairs as the others have labels: as if a pair's 8 scores cost one label.
         "ceiling": "pilaf.py --sampler best_of_n_oracle --num_queries 16384 --eval_every 1024",
+    },
+    # Is it the choice of duels, or what the backbone knows and the synthetic pairs pass on?
+    "why": {
+        "sea-random-duels": "notebooks/random_duels.py",
+        "sea-plain-backbone": "sea.py --erm_backbone reference",
     },
     # The papers' open questions.
     "gamma": {f"sea-gamma-{gamma}": f"sea.py --gamma {gamma}" for gamma in (0.5, 0.3)},

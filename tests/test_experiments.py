@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT / "notebooks"))
 
 import experiments  # noqa: E402
 import oracles  # noqa: E402
+import random_duels  # noqa: E402
 
 
 def test_every_arm_of_the_grid_parses_with_the_real_parser(monkeypatch):
@@ -29,7 +30,8 @@ def test_every_arm_of_the_grid_parses_with_the_real_parser(monkeypatch):
         if script == "notebooks/oracles.py":
             kind, value, script, *flags = flags
             assert kind in oracles.ORACLES and value
-        config_class = {"sea.py": sea, "selm.py": selm, "pilaf.py": pilaf}[script].Config
+        scripts = {"sea.py": sea, "selm.py": selm, "pilaf.py": pilaf}
+        config_class = (scripts | {"notebooks/random_duels.py": sea})[script].Config
         parser = transformers.HfArgumentParser(config_class, allow_abbrev=False)
         assert config_class(**vars(parser.parse_args(flags))), arm
 
@@ -129,3 +131,27 @@ def test_another_oracle_trains_by_one_command_and_says_what_it_was_given(folder,
         )
         assert done.returncode == 2 and "rankings" in done.stderr
     assert subprocess.run([*command, "nobody"], capture_output=True, text=True).returncode == 1
+
+
+def test_random_duels_are_the_first_two_candidates_and_synthetic_pairs_stay_seas():
+    config, rng = sea.Config(), torch.Generator()
+    rewards = torch.randn(3, 6, 5, generator=rng.manual_seed(0))
+    texts = [[f"{i} {n}" for n in range(5)] for i in range(6)]
+    batch = type("Batch", (), {"responses": texts, "__len__": lambda self: 6})()
+    is_synthetic = torch.tensor([True, False] * 3)
+    found = random_duels.choose_duels(config, batch, rewards, is_synthetic, rng.manual_seed(1))
+    own = sea.choose_duels(config, batch, rewards, is_synthetic, rng.manual_seed(1))
+    for place in range(2):
+        assert torch.equal(found[place][is_synthetic], own[place][is_synthetic])
+        assert found[place][~is_synthetic].tolist() == [place] * 3
+    assert not found[2].any()
+
+
+def test_random_duels_train_by_one_command(flags, tmp_path):
+    words = [f"--{name}={value}" for name, value in flags.items()]
+    command = [sys.executable, str(ROOT / "notebooks" / "random_duels.py"), *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    pairs = [json.loads(line) for line in (tmp_path / "run" / "preferences.jsonl").open()]
+    assert {pair["source"] for pair in pairs} >= {"oracle"}
+    assert (tmp_path / "run" / "model").is_dir()
