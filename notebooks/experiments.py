@@ -65,6 +65,8 @@ GRID = {
     "selm": {
         "iterative-dpo": "selm.py --bonus none",
         "selm-greedy": "selm.py",
+        # Another y is ranked too, so the sampled arm has a baseline of its own.
+        "iterative-dpo-sample": "selm.py --bonus none --bonus_response sample",
         "selm-sample": "selm.py --bonus_response sample",
     },
     "pilaf": {
