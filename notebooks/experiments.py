@@ -70,6 +70,7 @@ GRID = {
         "selm-sample": "selm.py --bonus_response sample",
     },
     "pilaf": {
+        "pilaf-from-sft": "pilaf.py",
         "start": "pilaf.py --sampler vanilla --num_queries 1024 --num_iterations 1",
         **{
             f"{sampler}{name}": f"pilaf.py --sampler {sampler} {MOVED}{words}"
