@@ -196,17 +196,21 @@ def end_table(
     return "\n".join(lines)
 
 
+def is_pair(arms: dict[str, Runs], pair: tuple[str, str]) -> bool:
+    """Are there both arms, with the same seeds?"""
+    return all(name in arms for name in pair) and sorted(arms[pair[0]]) == sorted(arms[pair[1]])
+
+
 def difference_table(
     arms: dict[str, Runs], pairs: list[tuple[str, str]], metric: str, labels: float = math.inf
 ) -> str:
     """Markdown: of each (arm, baseline) the metric at a number of labels, and their difference."""
     head = f"| arm | {metric} | baseline | {metric} | difference, 95 % | seeds to tell |"
     lines = [head, "|---|---|---|---|---|---|"]
-    for pair in pairs:
-        if all(name in arms for name in pair) and sorted(arms[pair[0]]) == sorted(arms[pair[1]]):
-            values, other = (at(arms[name], metric, labels) for name in pair)
-            cells = [pair[0], with_stderr(values), pair[1], with_stderr(other)]
-            lines.append("| " + " | ".join(cells + difference_cells(values, other)) + " |")
+    for pair in (pair for pair in pairs if is_pair(arms, pair)):
+        values, other = (at(arms[name], metric, labels) for name in pair)
+        cells = [pair[0], with_stderr(values), pair[1], with_stderr(other)]
+        lines.append("| " + " | ".join(cells + difference_cells(values, other)) + " |")
     return "\n".join(lines)
 
 
@@ -248,7 +252,7 @@ def draw_differences(
     found = {
         name: paired(*(at(arms[arm], metric, labels) for arm in pair))
         for name, pair in pairs.items()
-        if all(arm in arms for arm in pair) and sorted(arms[pair[0]]) == sorted(arms[pair[1]])
+        if is_pair(arms, pair)
     }
     gaps, halves = ([values[i] for values in found.values()] for i in (0, 1))
     axis.axvline(0, color="0.6", lw=1)

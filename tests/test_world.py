@@ -35,7 +35,7 @@ def train() -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def test() -> list[dict]:
+def held_out() -> list[dict]:
     return read_rows("test")
 
 
@@ -63,8 +63,8 @@ def draw(folder: Path, rows: list[dict], num: int) -> list[list[str]]:
 
 
 @pytest.fixture(scope="module")
-def samples(test) -> list[list[str]]:
-    return draw(TINY / "sft", test[:NUM_POSTS], NUM_SAMPLES)
+def samples(held_out) -> list[list[str]]:
+    return draw(TINY / "sft", held_out[:NUM_POSTS], NUM_SAMPLES)
 
 
 def oracle_and_gold(
@@ -81,8 +81,8 @@ def oracle_and_gold(
 
 
 @pytest.fixture(scope="module")
-def scored(test, samples) -> tuple[torch.Tensor, torch.Tensor]:
-    return oracle_and_gold(test, samples)
+def scored(held_out, samples) -> tuple[torch.Tensor, torch.Tensor]:
+    return oracle_and_gold(held_out, samples)
 
 
 def agreement(rewards: torch.Tensor, gold: torch.Tensor) -> float:
@@ -107,23 +107,23 @@ def test_the_grammar_is_rich():
     assert len(make.DETAILS) + 2 >= 6  # who and deed, and the kinds of detail
 
 
-def test_the_files_have_their_sizes(train, test):
-    assert (len(train), len(test)) == (10_000, 1_000)
-    assert len({row["prompt"] for row in train + test}) == 11_000  # no post twice
+def test_the_files_have_their_sizes(train, held_out):
+    assert (len(train), len(held_out)) == (10_000, 1_000)
+    assert len({row["prompt"] for row in train + held_out}) == 11_000  # no post twice
     files = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in files) < 20e6
 
 
-def test_posts_state_their_facts_and_no_wrong_one(train, test):
-    for row in train + test:
+def test_posts_state_their_facts_and_no_wrong_one(train, held_out):
+    for row in train + held_out:
         assert row["prompt"].endswith("TL;DR:")
         assert len(row["facts"]) == 5 and len(row["wrong_facts"]) == 10
         assert all(words(fact) in words(row["prompt"]) for fact in row["facts"]), row
         assert not any(words(fact) in words(row["prompt"]) for fact in row["wrong_facts"]), row
 
 
-def test_summaries_are_short_and_two(train, test):
-    for row in train + test:
+def test_summaries_are_short_and_two(train, held_out):
+    for row in train + held_out:
         assert row["reference"] != row["other"]
         for summary in (row["reference"], row["other"]):
             assert 5 <= len(summary.split()) <= 25
@@ -131,18 +131,18 @@ def test_summaries_are_short_and_two(train, test):
             assert summary[-1] in ".?" and summary != summary.upper()
 
 
-def test_the_tokenizer_takes_any_text(tokenizer, test):
+def test_the_tokenizer_takes_any_text(tokenizer, held_out):
     assert tokenizer.pad_token is None and tokenizer.eos_token_id == 0
     for text in ("Zyzzyva's naïve 🦙🔥", "\x00\x01 \n\n\t end ", "日本語 \u200b", "", "   ", " x"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    prompts = [row["prompt"] for row in test]
+    prompts = [row["prompt"] for row in held_out]
     all_ids = tokenizer(prompts)["input_ids"]
     assert tokenizer.batch_decode(all_ids) == prompts
     assert max(map(len, all_ids)) <= 96
 
 
-def test_sft_samples_lose_a_little_to_people(test, scored):
-    assert 0.40 <= win_rate(test, scored[0]) <= 0.50
+def test_sft_samples_lose_a_little_to_people(held_out, scored):
+    assert 0.40 <= win_rate(held_out, scored[0]) <= 0.50
 
 
 def test_the_oracle_agrees_with_gold_on_sft_samples(scored):
@@ -154,8 +154,8 @@ def test_labels_are_noisy_and_informative(scored):
     assert 1.6 <= gaps.std().item() <= 2.4
 
 
-def test_near_best_summaries_are_rare(test, scored):
-    best = torch.tensor([best_gold(row) for row in test[:NUM_POSTS]])
+def test_near_best_summaries_are_rare(held_out, scored):
+    best = torch.tensor([best_gold(row) for row in held_out[:NUM_POSTS]])
     share = (scored[1] >= best[:, None] - 0.5 - 1e-4).double().mean().item()
     assert 0.001 <= share <= 0.05, share
 
@@ -178,12 +178,12 @@ def backbone_features(rows: list[dict], samples: list[list[str]]) -> torch.Tenso
     )
 
 
-def test_the_ensemble_learns_the_oracle_from_the_backbone(train, test, samples, scored):
+def test_the_ensemble_learns_the_oracle_from_the_backbone(train, held_out, samples, scored):
     """As sea.py trains it: rounds of 32 random pairs, noisy labels, mean over three seeds."""
     rows = train[:1024]
     drawn = draw(TINY / "sft", rows, 2)
     features, (rewards, _) = backbone_features(rows, drawn), oracle_and_gold(rows, drawn)
-    fresh, fresh_gaps = backbone_features(test[:NUM_POSTS], samples), scored[0].diff(dim=1)
+    fresh, fresh_gaps = backbone_features(held_out[:NUM_POSTS], samples), scored[0].diff(dim=1)
     accuracy = {128: [], 992: []}
     for seed in range(3):
         rng = torch.Generator().manual_seed(seed)
@@ -204,14 +204,14 @@ def test_the_ensemble_learns_the_oracle_from_the_backbone(train, test, samples, 
 
 
 @pytest.mark.slow
-def test_the_oracle_agrees_with_gold_on_a_trained_policy(test, tmp_path):
+def test_the_oracle_agrees_with_gold_on_a_trained_policy(held_out, tmp_path):
     """After passive online DPO for 2,000 labels."""
     folders = dict(model=TINY / "sft", dataset=TINY, reward_model=TINY / "reward_model")
     flags = {name: str(folder) for name, folder in folders.items()}
     flags |= dict(explore="passive", num_queries=2_000, output_dir=str(tmp_path / "run"))
     sea.train(sea.Config(**flags))
-    drawn = draw(tmp_path / "run" / "model", test[:NUM_POSTS], NUM_SAMPLES)
-    rewards, gold = oracle_and_gold(test, drawn)
+    drawn = draw(tmp_path / "run" / "model", held_out[:NUM_POSTS], NUM_SAMPLES)
+    rewards, gold = oracle_and_gold(held_out, drawn)
     assert agreement(rewards, gold) >= 0.80
 
 
