@@ -36,6 +36,14 @@ def test_every_arm_of_the_grid_parses_with_the_real_parser(monkeypatch):
         assert config_class(**vars(parser.parse_args(flags))), arm
 
 
+def test_every_result_has_the_seeds_that_were_fixed_and_no_choice_was_made_on_them():
+    for path in experiments.RESULTS.glob("*.jsonl"):
+        seeds = {json.loads(line)["seed"] for line in path.open()}
+        assert sorted(seeds) == experiments.seeds_of(path.stem), path.name
+    chosen_on = {seed for arm in experiments.GRID["rates"] for seed in experiments.seeds_of(arm)}
+    assert len(chosen_on) == 3 and chosen_on.isdisjoint(experiments.seeds_of("sea"))
+
+
 def test_a_run_is_done_once_and_its_rows_are_collected(tmp_path):
     few = "--num_queries 6 --eval_prompts 4 --max_new_tokens 6"
     words = ["--arms", "hybrid", "--seeds", "0", "--jobs", "1", "--flags", few]
@@ -145,6 +153,14 @@ def test_random_duels_are_the_first_two_candidates_and_synthetic_pairs_stay_seas
         assert torch.equal(found[place][is_synthetic], own[place][is_synthetic])
         assert found[place][~is_synthetic].tolist() == [place] * 3
     assert not found[2].any()
+
+
+def test_random_duels_train_seas_loop_with_their_own_choice(flags, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sea, "choose_duels", sea.choose_duels)  # put back after the test
+    monkeypatch.setattr(sea, "train", lambda config: seen.append(sea.choose_duels))
+    random_duels.train(sea.Config(**flags))
+    assert seen == [random_duels.choose_duels]
 
 
 def test_random_duels_train_by_one_command(flags, tmp_path):
