@@ -159,20 +159,19 @@ def test_differences_are_listed_and_drawn_for_each_pair_that_has_the_same_seeds(
         name: {s: rows_of(s, [0.1 * s, high + 0.1 * s * s]) for s in range(3)}
         for name, high in (("passive", 0.2), ("arm", 0.5))
     }
-    arms["arm"][2][-1]["win_rate"] += 0.3  # gaps .3, .3, .6
+    arms["arm"][2][-1]["win_rate"] += 0.9  # gaps .3, .3, 1.2
     arms["other seeds"] = {s + 1: rows for s, rows in arms["arm"].items()}
     pairs = {"one": ("arm", "passive"), "two": ("other seeds", "passive"), "no": ("x", "arm")}
     lines = analysis.difference_table(arms, list(pairs.values()), "win_rate").splitlines()
-    half = 4.303 * np.std([0.3, 0.3, 0.6], ddof=1) / math.sqrt(3)
-    needed = math.ceil((2.8 * np.std([0.3, 0.3, 0.6], ddof=1) / 0.4) ** 2)
-    assert len(lines) == 3
-    assert lines[2].endswith(f"| passive | 0.367 ± 0.120 | +0.400 ± {half:.3f} | {needed} |")
+    half = 4.303 * math.sqrt(0.27) / math.sqrt(3)  # the gaps' variance is .27
+    assert len(lines) == 3  # 2.8^2 * .27 / .6^2 = 5.88 seeds
+    assert lines[2].endswith(f"| passive | 0.367 ± 0.120 | +0.600 ± {half:.3f} | 6 |")
     _, axis = plt.subplots()
     analysis.draw_differences(axis, arms, pairs, "win_rate")
     _, dots = axis.lines[:2]
-    assert dots.get_xdata() == pytest.approx([0.4])
+    assert dots.get_xdata() == pytest.approx([0.6])
     ends = axis.collections[0].get_segments()[0][:, 0]
-    assert ends == pytest.approx([0.4 - half, 0.4 + half])
+    assert ends == pytest.approx([0.6 - half, 0.6 + half])
     plt.close("all")
 
 
