@@ -1,6 +1,8 @@
 """Does the grid of experiments do each run once, and write down what the runs say?"""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,18 +24,36 @@ import oracles  # noqa: E402
 import random_duels  # noqa: E402
 
 
+def parses(command: str) -> bool:
+    """Do the real parsers take it? "SCRIPT WORDS", run in the root."""
+    script, *words = shlex.split(command)
+    if script == "notebooks/experiments.py":
+        kind, *names = words
+        return set(names) <= set({"--groups": experiments.GRID, "--arms": experiments.ARMS}[kind])
+    if script == "notebooks/oracles.py":
+        kind, value, script, *words = words
+        assert kind in oracles.ORACLES and value
+    scripts = {"sea.py": sea, "selm.py": selm, "pilaf.py": pilaf}
+    config_class = (scripts | {"notebooks/random_duels.py": sea})[script].Config
+    parser = transformers.HfArgumentParser(config_class, allow_abbrev=False)
+    return bool(config_class(**vars(parser.parse_args(words))))
+
+
 def test_every_arm_of_the_grid_parses_with_the_real_parser(monkeypatch):
     monkeypatch.chdir(ROOT)
     folders = {start: "./tiny" for start in experiments.STARTS}
     for arm, words in experiments.ARMS.items():
-        script, *flags = words.format(**folders).replace("./tiny/model", "./tiny/sft").split()
-        if script == "notebooks/oracles.py":
-            kind, value, script, *flags = flags
-            assert kind in oracles.ORACLES and value
-        scripts = {"sea.py": sea, "selm.py": selm, "pilaf.py": pilaf}
-        config_class = (scripts | {"notebooks/random_duels.py": sea})[script].Config
-        parser = transformers.HfArgumentParser(config_class, allow_abbrev=False)
-        assert config_class(**vars(parser.parse_args(flags))), arm
+        assert parses(words.format(**folders).replace("./tiny/model", "./tiny/sft")), arm
+
+
+def test_compare_names_a_command_for_every_group_and_each_of_its_commands_parses(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    cells = json.loads((ROOT / "notebooks" / "compare.ipynb").read_text())["cells"]
+    text = "".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    commands = re.findall(r"`python ([^`]*)`", text)
+    assert all(parses(command) for command in commands)
+    named = {word for command in commands if "--groups" in command for word in command.split()}
+    assert set(experiments.GRID) <= named
 
 
 def test_every_result_has_the_seeds_that_were_fixed_and_no_choice_was_made_on_them():
