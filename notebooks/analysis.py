@@ -257,7 +257,7 @@ def draw_differences(
     gaps, halves = ([values[i] for values in found.values()] for i in (0, 1))
     axis.axvline(0, color="0.6", lw=1)
     axis.errorbar(gaps, list(found), xerr=halves, fmt="o", capsize=3, **style)
-    axis.invert_yaxis()
+    axis.set_ylim(len(found) - 0.5, -0.5)  # the first on top
 
 
 def figure(
