@@ -154,6 +154,22 @@ def sample_efficiency(
     }
 
 
+def recovery(
+    shifted: np.ndarray, target: np.ndarray, labels: np.ndarray, draws: int = 2000
+) -> tuple[float, float, float]:
+    """Labels after a shift until an arm's fitted curve, (S, L) from the shift on, is where another
+    was, (S,); and the 95 % of bootstrap draws over seeds. Infinite: not within these labels."""
+
+    def needed(seeds: np.ndarray) -> float:
+        fit = fitted(shifted[seeds].mean(0))
+        return labels_to(float(target[seeds].mean()), fit, labels) - labels[0]
+
+    num, rng = len(target), np.random.default_rng(0)
+    drawn = sorted(needed(rng.integers(num, size=num)) for _ in range(draws))
+    low, high = drawn[int(0.025 * draws)], drawn[int(0.975 * draws)]
+    return needed(np.arange(num)), low, high
+
+
 # ------------------------------------------------------------------ tables and curves
 
 

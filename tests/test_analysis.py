@@ -85,6 +85,16 @@ def test_an_arm_that_never_reaches_the_target_is_a_bound():
     assert found["ratio"] == pytest.approx(found["passive_labels"] / 2048)
 
 
+def test_recovery_counts_labels_from_the_shift_and_its_interval_is_the_bootstraps():
+    """Two seeds whose curves rise by 1 a label from 0 and 2: to a target of 5 it takes 5 and 3
+    labels, 4 by their mean, and half of all draws hold one seed twice."""
+    labels = np.arange(100, 111)
+    shifted = np.stack([start + np.arange(11.0) for start in (0, 2)])
+    assert analysis.recovery(shifted, np.array([5.0, 5.0]), labels) == (4, 3, 5)
+    assert analysis.recovery(shifted, np.array([5.0, 7.0]), labels) == (5, 5, 5)
+    assert analysis.recovery(shifted, np.array([20.0, 5.0]), labels)[2] == math.inf
+
+
 def test_pairs_of_seeds_and_the_seeds_that_would_be_needed():
     values, baseline = np.array([1.0, 2, 3]), np.array([0.0, 2, 1])  # gaps 1, 0, 2
     mean, half = analysis.paired(values, baseline)
