@@ -48,13 +48,14 @@ def at(runs: Runs, metric: str, labels: float = math.inf, against: str = "querie
     return curves(runs, metric, np.array([labels]), against)[:, 0]
 
 
-def so_far(runs: Runs, metric: str) -> np.ndarray:
-    """Mean over all labels of a metric that rows hold since the row before (online_...), (S,)."""
+def so_far(runs: Runs, metric: str, labels: float = math.inf) -> np.ndarray:
+    """Mean over the first labels, or all, of a metric that rows hold since the row before, (S,)."""
     means = []
     for seed in sorted(runs):
-        rows = runs[seed]
-        steps = np.diff([row["queries"] for row in rows])
-        means.append(np.average([row[metric] for row in rows[1:]], weights=steps))
+        queries = [row["queries"] for row in runs[seed]]
+        sums = np.cumsum([row[metric] for row in runs[seed][1:]] * np.diff(queries))
+        last = min(labels, queries[-1])
+        means.append(np.interp(last, queries, [0, *sums]) / last)
     return np.array(means)
 
 

@@ -118,6 +118,9 @@ def test_curves_are_read_off_between_evaluations_and_online_metrics_weighted_by_
     assert analysis.so_far(runs, "online_win_rate") == pytest.approx(
         [1.0, (96 * 0.2 + 64 * 0.6) / 160]
     )
+    assert analysis.so_far(runs, "online_win_rate", 128) == pytest.approx(
+        [1.0, (96 * 0.2 + 32 * 0.6) / 128]
+    )
 
 
 def rows_of(seed, values):
