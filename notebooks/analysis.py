@@ -159,7 +159,8 @@ def recovery(
     shifted: np.ndarray, target: np.ndarray, labels: np.ndarray, draws: int = 2000
 ) -> tuple[float, float, float]:
     """Labels after a shift until an arm's fitted curve, (S, L) from the shift on, is where another
-    was, (S,); and the 95 % of bootstrap draws over seeds. Infinite: not within these labels."""
+    was, (S,); and the 95 % of bootstrap draws over seeds (of few seeds, so rather too narrow).
+    Infinite: not within these labels."""
 
     def needed(seeds: np.ndarray) -> float:
         fit = fitted(shifted[seeds].mean(0))
