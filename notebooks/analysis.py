@@ -158,8 +158,8 @@ def sample_efficiency(
 def recovery(
     shifted: np.ndarray, target: np.ndarray, labels: np.ndarray, draws: int = 2000
 ) -> tuple[float, float, float]:
-    """Labels after a shift until an arm's fitted curve, (S, L) from the shift on, is where another
-    was, (S,); and the 95 % of bootstrap draws over seeds (of few seeds, so rather too narrow).
+    """Labels after a shift until an arm's fitted curve, (S, L) from the shift on, reaches the mean
+    target, (S,); and the ends of 95 % of bootstrap draws over seeds (of few, so rather too narrow).
     Infinite: not within these labels."""
 
     def needed(seeds: np.ndarray) -> float:

@@ -103,7 +103,7 @@ GRID = {
         "variant-6": f"sea.py --best_of_n 10 {SHORT}",
         "variant-7": "sea.py --explore ee --gamma 1 --offline --best_of_n 10 --learning_rate 0 "
         + SHORT,
-        # Every label counts here; of 1,408 about 1,024 are of duels that sea.py would pay for.
+        # Every label counts here; of 1,408 about 1,062 are of duels that sea.py would pay for.
         "sea-oracle-synthetic": "sea.py --synthetic_labels oracle --num_queries 1408",
     },
     "noise": {

@@ -183,6 +183,10 @@ def test_differences_are_listed_and_drawn_for_each_pair_that_has_the_same_seeds(
     analysis.draw_differences(axis, arms, pairs, "win_rate")
     _, dots = axis.lines[:2]
     assert dots.get_xdata() == pytest.approx([0.6])
+    _, shared = plt.subplots(1, 2, sharey=True)
+    for one in shared:
+        analysis.draw_differences(one, arms, pairs, "win_rate")
+    assert all(one.yaxis_inverted() for one in shared)  # the first row on top, on both
     ends = axis.collections[0].get_segments()[0][:, 0]
     assert ends == pytest.approx([0.6 - half, 0.6 + half])
     plt.close("all")
