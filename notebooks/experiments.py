@@ -223,8 +223,14 @@ def collect(runs: Path, results: Path, arm: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--groups", nargs="+", choices=GRID, default=list(GRID))
-    parser.add_argument("--arms", nargs="+", choices=ARMS, help="instead of whole groups")
+    parser.add_argument(
+        "--groups", nargs="+", choices=GRID, default=list(GRID), metavar="GROUP",
+        help=f"of {', '.join(GRID)} (default: all)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--arms", nargs="+", choices=ARMS, metavar="ARM",
+        help="instead of whole groups; --list names them",
+    )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, help="default: 0 to 4; rates: 100 to 102")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments")
