@@ -7,6 +7,7 @@ two evaluations, since rounds end at different numbers of labels).
 import json
 import math
 from collections import defaultdict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -220,13 +221,15 @@ def is_pair(arms: dict[str, Runs], pair: tuple[str, str]) -> bool:
 
 
 def difference_table(
-    arms: dict[str, Runs], pairs: list[tuple[str, str]], metric: str, labels: float = math.inf
-) -> str:
-    """Markdown: of each (arm, baseline) the metric at a number of labels, and their difference."""
+    arms: dict[str, Runs], pairs: Iterable[tuple[str, str]], metric: str,
+    labels: float = math.inf, read: Callable[..., np.ndarray] = at,
+) -> str:  # fmt: skip
+    """Markdown: of each (arm, baseline) the metric at a number of labels, or with `so_far` its mean
+    over the labels until then, and their difference."""
     head = f"| arm | {metric} | baseline | {metric} | difference, 95 % | seeds to tell |"
     lines = [head, "|---|---|---|---|---|---|"]
     for pair in (pair for pair in pairs if is_pair(arms, pair)):
-        values, other = (at(arms[name], metric, labels) for name in pair)
+        values, other = (read(arms[name], metric, labels) for name in pair)
         cells = [pair[0], with_stderr(values), pair[1], with_stderr(other)]
         lines.append("| " + " | ".join(cells + difference_cells(values, other)) + " |")
     return "\n".join(lines)

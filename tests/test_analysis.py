@@ -197,6 +197,23 @@ def test_differences_are_listed_and_drawn_for_each_pair_that_has_the_same_seeds(
     plt.close("all")
 
 
+def test_a_table_can_compare_means_over_all_labels_until_then():
+    """1,024 labels with .2 and 1,024 with .6 have the mean .4; the first 1,536 of them .333."""
+    arms = {"passive": {}, "arm": {}}
+    for seed in range(3):
+        for name, halves in (("passive", (0.1, 0.2)), ("arm", (0.2, 0.6))):
+            rows = rows_of(seed, [0.4, 0.5, 0.6])
+            for row, online in zip(rows[1:], halves):
+                row["online"] = online
+            arms[name][seed] = rows
+    for labels, words in ((math.inf, "0.400 ± 0.000 | passive | 0.150 ± 0.000 | +0.250"),
+                          (1536, "0.333 ± 0.000 | passive | 0.133 ± 0.000 | +0.200")):  # fmt: skip
+        table = analysis.difference_table(
+            arms, [("arm", "passive")], "online", labels, analysis.so_far
+        )
+        assert words in table
+
+
 def test_the_interval_is_students_for_a_log_ratio_of_means_over_seeds():
     """Arms whose curves are straight and whose crossings are known: the bootstrap's deviation,
     times the root of 5 / 4, is the standard error of a mean."""
