@@ -128,8 +128,8 @@ GRID = {
         " --eval_every 4096",
         "start-4096": "pilaf.py --sampler vanilla --num_queries 4096 --num_iterations 1"
         " --eval_every 4096",
-        # Ten epochs move seeds 100 to 102 by 13 to 26 nats (the paper's policies: 23 to 35). With 40,
-        # tried first, nine of ten runs from there stopped: every pair was one text twice.
+        # Ten epochs move seeds 100 to 102 by 13 to 26 nats (the paper's policies: 23 to 35). With
+        # 40, tried first, nine of ten runs from there stopped: every pair was one text twice.
         "start-overfitted": "pilaf.py --sampler vanilla --num_queries 256 --num_iterations 1"
         " --num_epochs 10 --eval_every 4096",
         "start-collapsed": "pilaf.py --sampler vanilla --num_queries 256 --num_iterations 1"
