@@ -60,6 +60,15 @@ def so_far(runs: Runs, metric: str, labels: float = math.inf) -> np.ndarray:
     return np.array(means)
 
 
+def iteration_ends(runs: Runs, num: int) -> list[list[dict]]:
+    """Each seed's last row before the first iteration and of each of `num` iterations."""
+    own = [runs[seed] for seed in sorted(runs)]
+    return [
+        [[row for row in rows if row.get("iteration", 0) <= i][-1] for rows in own]
+        for i in range(num + 1)
+    ]
+
+
 def mean_and_stderr(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Over seeds: (S, ...) -> (...), (...)."""
     return values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
@@ -177,9 +186,10 @@ def recovery(
 
 
 def with_stderr(values: np.ndarray, digits: int = 3) -> str:
-    """Mean and standard error over seeds, as text."""
+    """Mean and standard error over seeds, as text; from 100 on without digits after the point."""
     mean, stderr = mean_and_stderr(values)
-    return f"{mean:.{digits}f} ± {stderr:.{digits}f}"
+    digits = 0 if mean >= 100 else digits
+    return f"{mean:,.{digits}f} ± {stderr:,.{digits}f}"
 
 
 def difference_cells(values: np.ndarray, baseline: np.ndarray) -> list[str]:

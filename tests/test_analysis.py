@@ -214,6 +214,22 @@ def test_a_table_can_compare_means_over_all_labels_until_then():
         assert words in table
 
 
+def test_counts_are_written_without_digits_after_the_point():
+    values = np.array([4099.0, 4101.0])
+    assert analysis.with_stderr(values) == "4,100 ± 1"
+    assert analysis.with_stderr(values / 100, 2) == "41.00 ± 0.01"
+
+
+def test_iterations_end_with_their_last_row():
+    rows = {0: [(0, None), (4, 1), (8, 1), (16, 2)], 1: [(0, None), (9, 1), (16, 2)]}
+    runs = {
+        seed: [{"queries": q} | ({"iteration": i} if i else {}) for q, i in own]
+        for seed, own in rows.items()
+    }
+    ends = analysis.iteration_ends(runs, 2)
+    assert [[row["queries"] for row in rows] for rows in ends] == [[0, 0], [8, 9], [16, 16]]
+
+
 def test_the_interval_is_students_for_a_log_ratio_of_means_over_seeds():
     """Arms whose curves are straight and whose crossings are known: the bootstrap's deviation,
     times the root of 5 / 4, is the standard error of a mean."""
