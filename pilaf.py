@@ -31,7 +31,7 @@ moved, with the reference where it was:
   python pilaf.py --sampler vanilla --num_queries 1024 --num_iterations 1 --output_dir runs/start
   python pilaf.py --seed 1 --model runs/start/model --ref_model ./tiny/sft
 (another seed, to see other prompts). An overfitted start goes through few labels often:
---num_queries 256 --num_epochs 40 in the first.
+--num_queries 256 --num_epochs 10 in the first.
 
 No code of the authors was found. Not known, hence our choice: learning rate, batch, response
 length, temperature, KL estimator, Bernoulli or argmax labels, how their start was overfitted, what
