@@ -152,6 +152,7 @@ GRID = {
             ("passive", "sea.py --explore passive"),
             ("sea", "sea.py"),
             ("selm", "selm.py"),
+            ("iterative-dpo", "selm.py --bonus none"),  # is what SELM does the bonus's doing?
             ("pilaf", "pilaf.py"),
         )
     },
