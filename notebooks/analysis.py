@@ -16,8 +16,11 @@ import numpy as np
 RESULTS = Path(__file__).resolve().parent / "results"
 GRID_OF_LABELS = np.arange(0, 2049, 128)
 
-# Two-sided 95 % quantiles of Student's t by degrees of freedom: seeds are few.
-T_QUANTILES = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 1))
+# Two-sided 95 % quantiles of Student's t by degrees of freedom, 1 to 16: seeds are few.
+T_QUANTILES = (
+    math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179,
+    2.160, 2.145, 2.131, 2.120,
+)  # fmt: skip
 
 Runs = dict[int, list[dict]]  # seed -> rows of metrics.jsonl
 

@@ -108,6 +108,15 @@ def test_pairs_of_seeds_and_the_seeds_that_would_be_needed():
     assert analysis.seeds_needed(values, values) == math.inf
 
 
+def test_the_quantiles_hold_95_percent_of_students_density():
+    for freedom, quantile in enumerate(analysis.T_QUANTILES[1:], 1):
+        x = np.linspace(-quantile, quantile, 20_001)
+        log_norm = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
+        density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
+        density *= math.exp(log_norm) / math.sqrt(freedom * math.pi)
+        assert np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-4)
+
+
 def test_curves_are_read_off_between_evaluations_and_online_metrics_weighted_by_labels(tmp_path):
     rows = [
         dict(seed=1, queries=0, win_rate=0.4),
