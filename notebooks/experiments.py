@@ -8,7 +8,8 @@
 Stop it at any moment: what is done is skipped, what was begun is resumed. All arms share the task,
 the oracle, the budget of 2,048 labels and the shared hyper-parameters, which are the scripts'
 defaults; SELM's learning rate falls from iteration to iteration, as its paper has it. The groups
-"anchor", "variants" and "noise" stop at 1,024 labels, where arms that run on can be read off too.
+"anchor", "variants" and "noise" stop at 1,024 labels, where arms that run on can be read off too;
+"long" has 8,000, and the larger reward always wins.
 A file of results/ holds the rows of metrics.jsonl of all seeds of an arm, with "arm", "seed",
 "seconds" (of the whole process, on one thread, with other runs beside it; null if it was resumed),
 "commit" and "reward_histogram" of the held-out samples.
