@@ -163,7 +163,7 @@ STARTS = [arm for arm in ARMS if arm.startswith("start")]
 
 
 def seeds_of(arm: str) -> list[int]:
-    """Fixed before looking. Of the overfitted start, 12 more than 5: as many as those asked for."""
+    """Fixed before looking; of the overfitted start 12 more, after five had been seen."""
     if "overfitted" in arm:
         return list(range(17))
     return [100, 101, 102] if arm in GRID["rates"] else [0, 1, 2, 3, 4]
