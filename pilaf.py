@@ -45,43 +45,51 @@ Shapes: B prompts, N responses a prompt, R response tokens, V vocabulary.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
-from common import Batch, flag, frozen_logps, generator, require
+import harness
+from common import Batch, PackedDecoder, frozen_logps, generator, require, respond, train_step
+from harness import evaluate, flag, next_prompts
 
 
 @dataclass
-class Config(common.Config):
-    """PILAF's flags; a default of None is resolved by --sampler."""
+class Config(harness.Config):
+    """PILAF's flags; a default of None depends on --sampler."""
 
     sampler: Literal["pilaf", "vanilla", "best_of_n", "best_of_n_oracle", "hybrid"] = flag(
         "pilaf", "where a pair's two responses come from"
     )
     num_candidates: int | None = flag(None, "N of best_of_n and best_of_n_oracle (8)")
-    sampler_beta: float | None = flag(None, "c of the interpolation, at most 1 (--beta)")
+    sampler_beta: float | None = flag(None, "c of the interpolation, at most 1 (as --beta)")
     importance_weights: bool = flag(False, "exact T-PILAF by a weight on each pair's loss")
     num_iterations: int | None = flag(None, "collect, then train, so many times (online)")
     num_epochs: int = flag(1, "passes over the pairs of an iteration")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        is_best_of, is_pilaf = self.sampler.startswith("best_of_n"), self.sampler == "pilaf"
-        why = f"contradicts --sampler {self.sampler}"
+    script = "pilaf"
+    unnamed = (*harness.Config.unnamed, "sampler")
+
+    def arm(self) -> str:
+        return self.sampler
+
+    def resolve(self) -> None:
         if self.num_candidates is None:
-            self.num_candidates = 8 if is_best_of else 2
-        is_right = self.num_candidates >= 2 if is_best_of else self.num_candidates == 2
-        require(is_right, f"--num_candidates {self.num_candidates} {why}")
+            self.num_candidates = 8 if self.sampler.startswith("best_of_n") else 2
+        if self.sampler_beta is None and self.sampler == "pilaf":
+            self.sampler_beta = self.beta
+
+    def check(self) -> None:
+        why, is_pilaf = f"contradicts --sampler {self.sampler}", self.sampler == "pilaf"
+        if not self.sampler.startswith("best_of_n"):
+            require(self.num_candidates == 2, f"--num_candidates {self.num_candidates} {why}")
+        require(self.num_candidates >= 2, "--num_candidates must be at least 2")
         require(is_pilaf or self.sampler_beta is None, f"--sampler_beta {why}")
         require(is_pilaf or not self.importance_weights, f"--importance_weights {why}")
-        if is_pilaf and self.sampler_beta is None:
-            self.sampler_beta = self.beta
         is_right = not is_pilaf or self.sampler_beta <= 1
         wrong = f"the interpolation needs a beta of at most 1, not {self.sampler_beta}"
         require(is_right, f"{wrong}: --sampler_beta, or --beta")
@@ -90,14 +98,9 @@ class Config(common.Config):
         require(is_exact or not self.importance_weights, wrong)
         is_right = self.num_iterations or self.num_epochs == 1
         require(is_right, "--num_epochs needs --num_iterations: online pairs are used once")
-        is_right = (self.num_iterations or 1) <= self.num_queries
-        require(is_right, f"--num_iterations must be at most --num_queries {self.num_queries}")
-        arm = self.sampler + "-weighted" * self.importance_weights
-        arm += "-iterative" * bool(self.num_iterations)
-        self.output_dir = self.output_dir or f"runs/pilaf-{arm}-{self.seed}"
 
 
-# ------------------------------------------------------------------ the interpolation
+# ---------------------------------------------------------------- the interpolation
 
 
 def coefficients(num_prompts: int, beta: float, rng: torch.Generator) -> Tensor:
@@ -134,167 +137,232 @@ def pair_weights(log_z: Tensor, mask: Tensor) -> Tensor:
 
 class InterpolatedDecoder:
     """Next-token logits of two responses a prompt: two packed decoders fed the same tokens, the
-    reference's only on the prompts whose coefficients, the column "c", are not 0."""
+    reference's only on the prompts whose coefficients c (B, 2) are not 0."""
 
-    def __init__(self, run: common.Run, part: Batch) -> None:
-        self.c = torch.tensor(part.columns["c"])  # (B, 2)
-        self.rows = self.c.any(1).nonzero()[:, 0]  # (b,)
-        self.policy = run.decoder(run.policy, 2, part)
-        self.reference = run.decoder(run.ref_model, 2, part.select(self.rows))
-        self.is_weighted, self.log_z = run.config.importance_weights, []
-        self.c, self.rows = self.c.to(run.policy.device), self.rows.to(run.policy.device)
+    def __init__(
+        self, policy: nn.Module, ref_model: nn.Module, prompts: Batch, c: Tensor
+    ) -> None:
+        rows = c.any(1).nonzero()[:, 0]  # (b,)
+        self.policy = PackedDecoder(policy, prompts)
+        self.reference = PackedDecoder(ref_model, prompts.select(rows)) if len(rows) else None
+        self.c, self.rows = c.to(policy.device), rows.to(policy.device)
+        self.log_z = []  # a (B, 2) a step
 
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor | None) -> Tensor:
-        """The newest tokens (B, 2), or None at the start -> logits (B, 2, V)."""
-        logits, c = self.policy(tokens), self.c[self.rows]  # (B, 2, V), (b, 2)
-        log_z = torch.zeros_like(self.c)  # (B, 2)
-        if len(self.rows):
-            mine = logits[self.rows]  # (b, 2, V)
-            ref_logits = self.reference(None if tokens is None else tokens[self.rows])
-            if self.is_weighted:
-                log_z[self.rows] = log_normaliser(mine, ref_logits, c)
+    def __call__(self, tokens: Tensor, is_open: Tensor) -> Tensor:
+        """The newest tokens (B, 2) and which responses go on (B, 2) -> logits (B, 2, V)."""
+        logits, log_z = self.policy(tokens, is_open), torch.zeros_like(self.c)  # (B, 2, V), (B, 2)
+        if len(self.rows) and is_open[self.rows].any():
+            mine, c = logits[self.rows], self.c[self.rows]  # (b, 2, V), (b, 2)
+            ref_logits = self.reference(tokens[self.rows], is_open[self.rows])  # (b, 2, V)
+            log_z[self.rows] = log_normaliser(mine, ref_logits, c)
             logits = logits.index_copy(0, self.rows, interpolate(mine, ref_logits, c))
         self.log_z.append(log_z)
         return logits
 
 
-# ------------------------------------------------------------------ samplers
+# ---------------------------------------------------------------- samplers
 
 
-def sample(config: Config, run: common.Run, prompts: Batch, number: int) -> Batch:
-    """Steps 2 and 3: the responses of --sampler to the prompts of a round; with
-    --importance_weights the column "weight"."""
-    num, temperature = config.num_candidates, config.temperature
-    rng, coins = (generator(config.seed, name, number) for name in ("round", "coins"))
-    run.counts["candidates"] += num * len(prompts)
+def interpolated_pairs(
+    config: Config, task: harness.Task, prompts: Batch, c: Tensor, rng: torch.Generator
+) -> tuple[Batch, Tensor]:
+    """Step 3: two responses a prompt from the interpolation with coefficients c (B, 2), and the
+    `log_normaliser` of the prefix of each of their tokens, (B, 2, R)."""
+    size = (len(prompts), 2, config.max_new_tokens)
+    uniforms, eos = torch.rand(size, generator=rng), common.eos_ids(task.policy, task.tokenizer)
+
+    @torch.no_grad()
+    def sample(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        part = prompts.select(rows)
+        with common.autocast(task.policy.device):
+            decoder = InterpolatedDecoder(task.policy, task.ref_model, part, c[rows])
+            ids, mask = common.generate(decoder, part, uniforms[rows], eos, config.temperature)
+        log_z = torch.stack(decoder.log_z, dim=-1)  # (b, 2, steps)
+        return ids, mask, F.pad(log_z, (0, size[-1] - log_z.shape[-1]))
+
+    ids, mask, log_z = common.in_parts(sample, len(prompts), config.micro_batch_size)
+    return common.with_responses(prompts, ids, mask, task.tokenizer), log_z
+
+
+def sample(
+    config: Config, task: harness.Task, prompts: Batch, counts: "Counts", number: int
+) -> Batch:
+    """Steps 2 and 3: the responses of --sampler to the prompts of a round; of pilaf's with the
+    column "weight", see `pair_weights`."""
+    rng, num = generator(config.seed, "round", number), config.num_candidates
+    policy, ref_model, tokenizer = task.policy, task.ref_model, task.tokenizer
+    counts.add_samples(len(prompts) * num)
     if config.sampler == "hybrid":
-        decoders = [partial(run.decoder, model, 1) for model in (run.policy, run.ref_model)]
-        return common.beside([run.respond(d, prompts, 1, rng, temperature) for d in decoders])
+        options = (tokenizer, prompts, 1, rng, config)
+        return common.beside([respond(model, *options) for model in (policy, ref_model)])
     if config.sampler != "pilaf":
-        return run.respond(partial(run.decoder, run.policy, num), prompts, num, rng, temperature)
-    prompts.columns["c"] = coefficients(len(prompts), config.sampler_beta, coins).tolist()
-    decoders = []
-
-    def decoder(part: Batch) -> InterpolatedDecoder:
-        decoders.append(InterpolatedDecoder(run, part))
-        return decoders[-1]
-
-    batch = run.respond(decoder, prompts, num, rng, temperature)
-    if config.importance_weights:
-        length = batch.response_mask.shape[-1]
-        log_z = [torch.stack(d.log_z, -1).cpu() for d in decoders]  # (b, 2, R) of its own R
-        log_z = torch.cat([F.pad(z, (0, length - z.shape[-1])) for z in log_z])  # (B, 2, R)
-        batch.columns["weight"] = pair_weights(log_z, batch.response_mask).tolist()
+        return respond(policy, tokenizer, prompts, num, rng, config)
+    coins = generator(config.seed, "coins", number)
+    c = coefficients(len(prompts), config.sampler_beta, coins)  # (B, 2)
+    counts.decoder_streams += int((c != 0).sum())  # the reference's, beside the policy's
+    batch, log_z = interpolated_pairs(config, task, prompts, c, rng)
+    weights = pair_weights(log_z, batch.response_mask)  # (B,)
+    batch.columns["weight"] = weights.tolist()
+    counts.add_weights(weights)
     return batch
 
 
-def label(config: Config, run: common.Run, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Step 4: chosen and rejected response of each prompt, (B,), (B,)."""
-    first, second = torch.zeros(len(batch), dtype=torch.long), torch.ones(len(batch)).long()
-    run.counts["pairs"] += len(batch)
-    if config.sampler == "best_of_n_oracle":
-        chosen, rejected, is_ranked = run.rank(batch, cost=lambda n: n, is_noisy=False)
-        run.counts["responses_read"] += int(is_ranked.sum())
-        run.counts["labelled_pairs"] += int(is_ranked.any(1).sum())
-        return chosen, rejected
+def label(
+    config: Config, task: harness.Task, batch: Batch, counts: "Counts"
+) -> tuple[Batch, dict[str, float]]:
+    """Step 4: the prompts with a pair, which has two different texts, and chosen and rejected of
+    each (N = 2); and online metrics. Best-of-N asks about the pair of widest rewards."""
+    is_distinct, counts.pairs = common.distinct(batch.responses), counts.pairs + len(batch)
+    picks = torch.tensor([[0, 1]]).repeat(len(batch), 1)  # (B, 2)
     if config.sampler == "best_of_n":
-        logps, ref_logps = (frozen_logps(m, batch, config) for m in (run.policy, run.ref_model))
-        run.counts["scoring_passes"] += 2 * logps.numel()
+        logps, ref_logps = (frozen_logps(m, batch, config) for m in (task.policy, task.ref_model))
+        counts.scoring_passes += 2 * logps.numel()
         implicit_rewards = config.beta * (logps - ref_logps)  # (B, N)
-        first, second = common.widest_pair(implicit_rewards, common.distinct(batch.responses))
-    asked, chosen, rejected = run.ask(batch, first, second, torch.ones(len(batch)).bool())
-    run.counts["responses_read"] += 2 * len(asked)
-    run.counts["labelled_pairs"] += len(asked)
-    return chosen, rejected
+        picks = torch.stack(common.widest_pair(implicit_rewards, is_distinct), dim=1)
+    if config.sampler == "best_of_n_oracle":
+        rows = (is_distinct.sum(1) >= 2).nonzero()[:, 0]
+        batch, is_distinct = batch.select(rows), is_distinct[rows]
+        costs, prompts = is_distinct.sum(1).tolist(), batch.columns["prompt"]
+        rewards = task.oracle.rank(prompts, batch.responses, torch.zeros(is_distinct.shape), costs)
+        winners, online = torch.stack(common.widest_pair(rewards, is_distinct), dim=1), {}
+        counts.responses_read += sum(costs)
+    else:
+        rows = common.differ(batch.responses, picks).nonzero()[:, 0]
+        batch, picks = batch.select(rows), picks[rows]
+        every = torch.arange(len(rows))
+        order, online = harness.label(task.oracle, batch.select(every, picks))
+        winners = picks.gather(1, order)  # (n, 2)
+        counts.responses_read += 2 * len(rows)
+    counts.labelled_pairs += len(rows)
+    return batch.select(torch.arange(len(rows)), winners), online
 
 
-# ------------------------------------------------------------------ Algorithm 1
+# ---------------------------------------------------------------- Algorithm 1
 
 
-def own_metrics(config: Config, run: common.Run) -> dict[str, float]:
-    """Costs of a pair so far, as counted while they arose: decoder streams, teacher-forced scoring
-    passes, responses that the oracle read. effective_sample_size: (sum w)^2 / (n sum w^2) of the
-    weights since the last row, 1 if all are equal."""
-    counts, metrics = run.counts, {}
-    if counts["pairs"]:
-        metrics["sampling_cost"] = counts["decoder_streams"] / counts["pairs"]
-        metrics["scoring_cost"] = counts["scoring_passes"] / counts["pairs"]
-        metrics["annotation_cost"] = counts["responses_read"] / max(1, counts["labelled_pairs"])
-    if config.num_iterations:
-        metrics["iteration"] = counts["iteration"]
-    if "weight" in run.means:
-        mean, square = (total / n for total, n in map(run.means.pop, ("weight", "weight_square")))
-        metrics["effective_sample_size"] = share = mean**2 / square
-        if share < 0.5:
-            tqdm.write(f"--importance_weights: the pairs weigh as {share:.0%} of their number: "
-                       "few of them decide; a smaller --beta helps")  # fmt: skip
-    return metrics
+@dataclass
+class Counts(harness.Counts):
+    pairs: int = 0  # sampled
+    labelled_pairs: int = 0  # of two different texts
+    scoring_passes: int = 0  # teacher-forced, a response and model
+    responses_read: int = 0  # by the oracle, for labels
+    weight_sum: float = 0.0  # of the pairs so far, see `pair_weights`
+    weight_square_sum: float = 0.0
+    num_weights: int = 0
+
+    def add_weights(self, weights: Tensor) -> None:
+        self.weight_sum += weights.double().sum().item()
+        self.weight_square_sum += weights.double().square().sum().item()
+        self.num_weights += len(weights)
+
+    def metrics(self, config: Config) -> dict[str, float]:
+        """Costs of a pair so far, in decoder streams, scoring passes and responses that the oracle
+        read; effective_sample_size: (sum w)^2 / (n sum w^2), 1 if all weights are equal."""
+        metrics = {}
+        if self.pairs:
+            metrics["sampling_cost"] = self.decoder_streams / self.pairs
+            metrics["scoring_cost"] = self.scoring_passes / self.pairs
+            metrics["annotation_cost"] = self.responses_read / max(1, self.labelled_pairs)
+        if self.num_weights and config.importance_weights:
+            share = self.weight_sum**2 / (self.num_weights * self.weight_square_sum)
+            metrics["effective_sample_size"] = share
+            if share < 0.5:
+                say = "few pairs decide (a smaller --beta helps)"
+                tqdm.write(f"--importance_weights: {share:.0%} effective sample size: {say}")
+        return metrics
+
+
+def pair_loss(config: Config, counts: Counts) -> Callable[[Tensor, Tensor, Batch], Tensor]:
+    """DPO's, (b, 2) -> (b,); with --importance_weights times the weight over its mean of all pairs
+    so far. (Over a mean of the prompt's own it would be biased.)"""
+
+    def losses(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
+        loss = common.dpo(logps, ref_logps, config.beta)
+        if not config.importance_weights:
+            return loss
+        weights = torch.tensor(part.columns["weight"], device=loss.device)
+        return loss * weights * counts.num_weights / counts.weight_sum
+
+    return losses
+
+
+def plan(config: Config) -> tuple[int, int | None]:
+    """Prompts of an iteration, and how many iterations the budget pays for.
+
+    Online, a round is an iteration, and they go on until the labels are spent. An iteration that
+    --resume adds with a larger --num_queries is as long as the others were.
+    """
+    if not config.num_iterations:
+        return config.batch_size, None
+    labels = config.planned_queries // config.num_iterations
+    num_prompts = labels // label_cost(config)
+    require(num_prompts, f"--num_queries {config.planned_queries} pays for no prompt an iteration")
+    num_steps = math.ceil(num_prompts / config.batch_size) * config.num_epochs
+    harness.check_warmup(config, num_steps)
+    added = (config.num_queries - config.planned_queries) // labels
+    return num_prompts, config.num_iterations + added
+
+
+def label_cost(config: Config) -> int:
+    """Labels a prompt: one, or a score for each of N responses."""
+    return config.num_candidates if config.sampler == "best_of_n_oracle" else 1
 
 
 def train_iteration(
-    config: Config, run: common.Run, replay: common.Replay, pair_loss: Callable
+    config: Config, run: harness.Run, policy: nn.Module, optimizer: Any, pairs: Batch, t: int
 ) -> None:
-    """--num_epochs passes over the pairs of an iteration, which are then forgotten."""
-    run.restart_optimizer()
-    if not replay.parts:
-        return
-    pairs, number = common.stacked(replay.parts), run.counts["rounds"]
+    """Step 5: --num_epochs passes over the pairs of iteration t; online, the one step of a round."""
+    if config.num_iterations:
+        common.restart_optimizer(optimizer, config)
+    loss = pair_loss(config, run.counts)
     for epoch in range(config.num_epochs):
-        order = torch.randperm(len(pairs), generator=generator(config.seed, "order", number, epoch))
-        steps = order.split(config.batch_size)
-        for rows in tqdm(steps, desc=f"epoch {epoch + 1}", unit="step", leave=False):
-            run.learn([pairs.select(rows)], pair_loss)
-    replay.parts.clear()
+        order = torch.randperm(len(pairs), generator=generator(config.seed, "order", t, epoch))
+        for rows in order.split(config.batch_size):
+            run.record(train_step(policy, optimizer, pairs.select(rows), loss, config))
+            run.counts.gradient_steps += len(rows) > 0
 
 
-def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
-    """PILAF, round by round; `common.Run` says what is written where."""
-    run, replay = common.Run(config, oracle), common.Replay()
-    run.parts["replay"] = replay
-    counts, num_iterations = run.counts, config.num_iterations
+def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
+    """PILAF, round by round, into --output_dir; the oracle is --reward_model unless one is given."""
+    task = harness.load(config, oracle)
+    policy, oracle, counts = task.policy, task.oracle, Counts()
+    prompts_per_iteration, num_iterations = plan(config)
+    rounds_per_iteration = math.ceil(prompts_per_iteration / config.batch_size)
+    optimizer, replay = common.start_optimizer(policy, config), common.Replay()
+    parts = {"policy": policy, "optimizer": optimizer, "replay": replay}
+    run = harness.Run(config, oracle, parts, counts, table=("sampling_cost",))
 
-    def pair_loss(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
-        losses = common.dpo(logps, ref_logps, config.beta)
-        if config.importance_weights:  # over the mean of all so far: never of one prompt's
-            weights = torch.tensor(part.columns["weight"], device=losses.device)
-            losses = losses * weights * counts["weighted_pairs"] / counts["weight_sum"]
-        return losses
-
-    for number in run.rounds(lambda *_: own_metrics(config, run)):
-        # 1. Receive prompts. 2. Toss the coins. 3. Draw the responses.
-        num_prompts, t = config.batch_size, run.iteration(num_iterations or 1)
-        if num_iterations:  # no round goes beyond its iteration's share of the labels
-            left = (t + 1) * config.num_queries / num_iterations - run.oracle.queries
-            cost = config.num_candidates if config.sampler == "best_of_n_oracle" else 1
-            num_prompts = min(num_prompts, math.ceil(left / cost))
-        batch = sample(config, run, run.next_prompts(num_prompts), number)
-        if config.importance_weights:
-            weights = torch.tensor(batch.columns["weight"], dtype=torch.float64)  # (B,)
-            counts["weight_sum"] += weights.sum().item()
-            counts["weighted_pairs"] += len(weights)
-            means = {"weight": weights.mean(), "weight_square": weights.square().mean()}
-            run.record(len(weights), {name: mean.item() for name, mean in means.items()})
-        run.lap("generate")
-        # 4. Ask the oracle.
-        num_queries = run.oracle.queries
-        chosen, rejected = label(config, run, batch)
-        kept = run.keep(batch, chosen, rejected)
-        pairs = batch.select(kept, torch.stack([chosen, rejected], 1)[kept])
-        # 5. Train the policy: now, or when the iteration has its share of the labels.
-        if not num_iterations:
-            run.learn([pairs], pair_loss)
-            continue
-        counts["iteration"] = t + 1
-        counts["untrained"] += run.oracle.queries - num_queries
-        if len(pairs):
-            pairs.ref_logps = frozen_logps(run.ref_model, pairs, config)  # (b, 2), once
-            replay.parts.append(pairs)
-        if run.iteration(num_iterations) > t or run.oracle.queries == config.num_queries:
-            train_iteration(config, run, replay, pair_loss)
-            counts["untrained"], run.is_milestone = 0, True
+    while True:
+        t, step = divmod(run.round, rounds_per_iteration)
+        num_left = (config.num_queries - oracle.queries) // label_cost(config)
+        is_last = t == num_iterations or num_left == 0
+        is_milestone = is_last or config.num_iterations is not None
+        if step == 0 and run.evaluation_is_due(oracle.queries, is_milestone):
+            run.log(*evaluate(task, config), {"iteration": t} | counts.metrics(config))
+        if is_last:
+            break
+        # 1. Receive prompts; the last round of an iteration may be smaller.
+        start = step * config.batch_size
+        num = min(config.batch_size, prompts_per_iteration - start, num_left)
+        start += t * prompts_per_iteration
+        prompts = next_prompts(task.prompts, start, num, config.seed)
+        # 2. Toss the coins. 3. Draw the responses.
+        batch = sample(config, task, prompts, counts, run.round)
+        # 4. Ask the oracle about those that differ.
+        pairs, online = label(config, task, batch, counts)
+        run.record(online)
+        run.keep(pairs)
+        # 5. Train the policy, when the iteration is complete, on all of its pairs.
+        pairs.ref_logps = frozen_logps(task.ref_model, pairs, config)  # (n, 2), once
+        replay.parts.append(pairs)
+        if step == rounds_per_iteration - 1:
+            pairs = common.stacked(replay.parts)
+            train_iteration(config, run, policy, optimizer, pairs, t)
+            replay.parts.clear()
+        run.end_round()
+    run.finish(policy, task.tokenizer)
     return run
 
 
 if __name__ == "__main__":
-    common.main(Config, train, __doc__)
+    harness.main(Config, train, __doc__)

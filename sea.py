@@ -1,10 +1,10 @@
 """SEA: sample-efficient alignment by Thompson sampling, arXiv:2411.01493v2.
 
-Labels are dear, so which two responses should the annotator compare next? SEA keeps an ensemble of
-reward heads, the *epistemic reward model* (ERM): where its heads disagree, a label teaches most. A
-random head picks one response, the heads' disagreement the other; the oracle's answer trains the
-heads and, through a DPO-like loss, the policy. The heads also label pairs of their own, which cost
-nothing. Algorithm 2 of the paper, each round:
+Labels are dear, so which two responses should the annotator compare next? SEA treats this as a
+dueling bandit. It keeps an ensemble of reward heads, the *epistemic reward model* (ERM): where its
+heads disagree, a label teaches most. A random head picks one response, the heads' disagreement the
+other; the oracle's answer trains the heads and, through a DPO-like loss, the policy. The heads also
+label pairs of their own, which cost nothing. Algorithm 2 of the paper, each round:
 
   1. receive B `prompts`
   2. draw M candidates (--num_candidates) to each from the policy
@@ -18,29 +18,27 @@ nothing. Algorithm 2 of the paper, each round:
 
 Differences from the paper: 1. a constant learning rate, not a cosine; 2. temperature 1 and sampled
 evaluation, not 0.7 and greedy; 3. noisy labels (its experiments: --labels argmax); 4. a burn-in of
-256 labels, not 1,000; 5. Eq. 8's anchor squared, with a plus sign, and scaled so that it acts.
+256 labels, not 1,000; 5. Eq. 8's anchor squared, with a plus sign, and scaled so that it acts; 6.
+features are means over a response's tokens, not the states of PairRM's two markers.
 Differences from the released code (sail-sg/oat v0.0.4): it 1. has the oracle label synthetic pairs,
-uncounted, and trains the heads on them (--synthetic_labels oracle, counted here); 2. takes the
-variance of raw reward gaps (--bai_variance logit); 3. draws one head for 32 prompts; 4. has an
-anchor 280 times weaker than its weight decay, so that heads overfit instead of disagreeing where
-there is no data (--anchor released); 5. counts duels of equal texts; 6. ranks APL's prompts by
-lowest entropy.
+uncounted, and trains the heads on them; 2. takes the variance of raw reward gaps (--bai_variance
+logit); 3. draws one head for 32 prompts; 4. has an anchor 280 times weaker than its weight decay,
+so that heads overfit instead of disagreeing where there is no data; 5. counts duels of equal texts;
+6. ranks APL's prompts by lowest entropy.
 
 The paper's variants 1-7: 1 --explore passive; 2 --gamma 1; 3 the default; 4 --explore passive
---best_of_n 10; 5 --gamma 1 --best_of_n 10; 6 --best_of_n 10; 7 --gamma 1 --offline --best_of_n 10
---learning_rate 0. Its baselines: --explore passive (--offline; --loss ipo or slic), --explore apl.
+--best_of_n 10; 5 --gamma 1 --best_of_n 10; 6 --best_of_n 10; 7 --explore ee --gamma 1 --offline
+--best_of_n 10 --learning_rate 0. Its baselines: --explore passive (--offline; --loss ipo or slic),
+--explore apl.
 
-    python sea.py        # under 3 minutes on two CPU cores, offline. On a GPU: README, not measured
+    python sea.py        # 2 minutes on two CPU cores, offline. On a GPU: not measured
 
 Shapes: B prompts, N candidates a prompt, E heads, D features; common.py has the others.
 """
 
-import dataclasses
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -49,12 +47,14 @@ import transformers
 from torch import Tensor, nn
 
 import common
-from common import Batch, flag, generator, packed_inputs, require
+import harness
+from common import Batch, frozen_logps, generator, require, train_step
+from harness import evaluate, flag, next_prompts
 
 
 @dataclass
-class Config(common.Config):
-    """SEA's flags; a default of None is resolved by --explore."""
+class Config(harness.Config):
+    """SEA's flags; a default of None depends on --explore."""
 
     explore: Literal["bai", "ee", "uncertainty", "passive", "apl"] = flag(
         "bai", "how duels are chosen: SEA for paid labels, SEA for users, or a baseline"
@@ -64,45 +64,47 @@ class Config(common.Config):
     gamma: float | None = flag(None, "share of prompts that go to the oracle (0.7; baselines 1)")
     burn_in: int = flag(256, "labels before the first synthetic pair (paper: 1000)")
     prior_std: float = flag(1.0, "disagreement of the untrained heads, in logits")
-    anchor: str = flag("1", "strength lambda of the pull to each head's own start, or 'released'")
+    anchor: float = flag(1.0, "lambda, strength of the pull to each head's own start")
     bai_variance: Literal["sigmoid", "logit"] = flag("sigmoid", "logit: as in the released code")
-    synthetic_labels: Literal["model", "oracle"] = flag("model", "oracle: as in the released code")
     erm_backbone: str = flag("./tiny/erm_backbone", "frozen encoder, or 'reference': the reference")
     loss: Literal["dpo", "ipo", "slic"] = flag("dpo", "of the policy")
     offline: bool = flag(False, "responses always come from the reference")
     best_of_n: int = flag(0, "also evaluate the mean head's best of so many samples")
 
-    may_be_zero = (*common.Config.may_be_zero, "num_heads", "burn_in", "best_of_n")
+    script = "sea"
+    may_be_zero = (*harness.Config.may_be_zero, "num_heads", "burn_in", "anchor", "best_of_n")
+    unnamed = (*harness.Config.unnamed, "explore", "offline", "loss")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def arm(self) -> str:
+        return self.explore + "-offline" * self.offline + f"-{self.loss}" * (self.loss != "dpo")
+
+    def resolve(self) -> None:
         is_baseline = self.explore in ("passive", "apl")
-        has_ensemble = not is_baseline or self.best_of_n > 0
-        defaults = {
-            "num_candidates": {"passive": 2, "apl": 8}.get(self.explore, 20),
-            "num_heads": 20 if has_ensemble else 0,
-            "gamma": 1.0 if is_baseline else 0.7,
-        }
-        for name, default in defaults.items():
-            if getattr(self, name) is None:
-                setattr(self, name, default)
+        has_heads = not is_baseline or self.best_of_n > 0
+        if self.num_candidates is None:
+            self.num_candidates = {"passive": 2, "apl": 8}.get(self.explore, 20)
+        if self.num_heads is None:
+            self.num_heads = 20 if has_heads else 0
+        if self.gamma is None:
+            self.gamma = 1.0 if is_baseline else 0.7
+
+    def check(self) -> None:
         why = f"contradicts --explore {self.explore}"
+        is_baseline = self.explore in ("passive", "apl")
         require(self.gamma <= 1, f"--gamma must be at most 1, not {self.gamma}")
         require(self.gamma == 1 or not is_baseline, f"--gamma {self.gamma} {why}")
-        is_pair = self.num_candidates == 2
-        is_right = is_pair if self.explore == "passive" else self.num_candidates >= 2
-        require(is_right, f"--num_candidates {self.num_candidates} {why}")
-        is_right = self.num_heads >= 2 if has_ensemble else self.num_heads == 0
-        require(is_right, f"--num_heads {self.num_heads} {why} --best_of_n {self.best_of_n}")
+        if self.explore == "passive":
+            require(self.num_candidates == 2, f"--num_candidates {self.num_candidates} {why}")
+        require(self.num_candidates >= 2, "--num_candidates must be at least 2")
+        if is_baseline and not self.best_of_n:
+            require(self.num_heads == 0, f"--num_heads {self.num_heads} {why} without --best_of_n")
+        else:
+            require(self.num_heads >= 2, "--num_heads must be at least 2: heads have to disagree")
         require(self.best_of_n != 1, "--best_of_n must be 0 or at least 2")
-        is_right = re.fullmatch(r"released|\d*\.?\d+(e[-+]?\d)?", self.anchor)
-        require(is_right, f"--anchor must be a number from 0 or 'released', not {self.anchor!r}")
         require(self.explore != "apl" or self.loss == "dpo", "--explore apl needs --loss dpo")
-        arm = self.explore + "-offline" * self.offline + f"-{self.loss}" * (self.loss != "dpo")
-        self.output_dir = self.output_dir or f"runs/sea-{arm}-{self.seed}"
 
 
-# ------------------------------------------------------------------ the epistemic reward model
+# ---------------------------------------------------------------- the epistemic reward model
 
 
 class EpistemicRewardModel(nn.Module):
@@ -110,130 +112,111 @@ class EpistemicRewardModel(nn.Module):
 
     The heads start apart, and an anchor holds each near its own start while labels are few, so they
     disagree where there is no data: their spread stands for the posterior of Algorithm 1. LeCun
-    initialisation, zero biases; `calibrate` sets the scales from the first round.
+    initialisation, zero biases; `calibrate` sets the scales. It lives on the CPU.
     """
 
     num_steps, minibatch_size = 5, 128  # a round
 
-    def __init__(self, num_features: int, config: "Config", hidden: int = 128) -> None:
+    def __init__(self, num_features: int, config: Config, hidden: int = 128) -> None:
         super().__init__()
-        self.prior_std, self.is_released = config.prior_std, config.anchor == "released"
-        self.strength = 0.5 if self.is_released else float(config.anchor)  # lambda
+        self.prior_std, self.strength = config.prior_std, config.anchor  # lambda
         sizes, rng = [num_features, hidden, hidden, 1], generator(config.seed, "ensemble")
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in zip(sizes[:-1], sizes[1:]):
             weight = torch.randn(config.num_heads, fan_in, fan_out, generator=rng)
-            self.weights.append(weight * fan_in**-0.5 / (2 if self.is_released else 1))
+            self.weights.append(weight * fan_in**-0.5)
             self.biases.append(torch.zeros(config.num_heads, 1, fan_out))
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("std", torch.ones(num_features))
-        self.register_buffer("sigmas", torch.tensor([fan_in**-0.5 for fan_in in sizes[:-1]]))
         self.start = nn.ParameterList(p.detach().clone() for p in (*self.weights, *self.biases))
         self.start.requires_grad_(False)
-        self.pairs = torch.zeros(0, 2, num_features, device=config.device)  # D
-        self.to(config.device)
-        decay = 5e-5 if self.is_released else 0.0
-        trained = (*self.weights, *self.biases)
-        self.optimizer = torch.optim.Adam(trained, lr=1e-3, weight_decay=decay)
+        self.register_buffer("sigmas", torch.tensor([fan_in**-0.5 for fan_in in sizes[:-1]]))
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("std", torch.ones(num_features))
+        self.register_buffer("is_calibrated", torch.tensor(False))
+        self.pairs = torch.zeros(0, 2, num_features)  # D
+        self.optimizer = torch.optim.Adam([*self.weights, *self.biases], lr=1e-3)
 
     def forward(self, features: Tensor) -> Tensor:
         """Rewards (E, B, N) of features (B, N, D): one batched product a layer for all heads."""
         hidden = ((features - self.mean) / self.std).flatten(0, 1)  # (B N, D)
         hidden = hidden.expand(len(self.weights[0]), -1, -1)  # (E, B N, D)
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             hidden = torch.baddbmm(bias, hidden.relu() if layer else hidden, weight)
         return hidden.view(-1, *features.shape[:2])  # (E, B N, 1) -> (E, B, N)
 
     @torch.no_grad()
-    def calibrate(self, features: Tensor) -> None:
-        """On the first round's features (B, N, D): standardise each dimension, and scale the last
-        layer so that neighbouring candidates' reward gaps have a standard deviation over heads of
-        `prior_std` logits (root mean square over pairs). The released code does neither."""
-        if not self.is_released:
-            flat = features.flatten(0, 1)
-            self.mean.copy_(flat.mean(0))
-            std = flat.std(0)  # a dimension that does not vary yet gets the usual scale
-            self.std.copy_(torch.where(std > 1e-3 * std.mean(), std, std.mean()))
-            gaps = self(features).diff(dim=-1)  # (E, B, N - 1)
-            scale = self.prior_std / gaps.var(0).mean().sqrt().clamp(min=1e-6)
-            for tensor in (self.weights[-1], self.start[len(self.weights) - 1], self.sigmas[-1]):
-                tensor.mul_(scale)
+    def calibrate(self, features: Tensor, is_distinct: Tensor) -> None:
+        """On the first round's features (B, N, D) of distinct candidates (B, N): standardise each
+        dimension, and scale the last layer so that the reward gaps of neighbouring candidates have
+        a standard deviation over heads of `prior_std` logits (root mean square over pairs).
+
+        Nothing happens until some prompt has two distinct candidates. The released code does
+        neither.
+        """
+        flat = features[is_distinct]  # (n, D)
+        is_pair = is_distinct[:, 1:] & is_distinct[:, :-1]  # (B, N - 1)
+        if self.is_calibrated or not is_pair.any():
+            return
+        self.mean.copy_(flat.mean(0))
+        std = flat.std(0)  # a dimension that does not vary yet gets the usual scale
+        self.std.copy_(torch.where(std > 1e-3 * std.mean(), std, std.mean()))
+        gaps = self(features).diff(dim=-1)[:, is_pair]  # (E, n)
+        scale = self.prior_std / gaps.var(0).mean().sqrt()
+        for tensor in (self.weights[-1], self.start[len(self.weights) - 1], self.sigmas[-1]):
+            tensor.mul_(scale)
+        self.is_calibrated.fill_(True)
 
     def loss(self, pairs: Tensor, num_labels: int) -> Tensor:
         """Eq. 8, summed over heads, on features (n, 2, D) of chosen and rejected:
         mean_i softplus(-gap_i) + lambda / (2 N) * sum_j ((phi_j - phi0_j) / sigma_j)^2.
 
         N labels so far, sigma_j the initial standard deviation in j's layer: the weight decay of a
-        Bayesian prior, but towards each head's own start. Released: means over heads and
-        parameters, and lambda * n / N; Adam's own decay towards zero is then 280 times stronger.
+        Bayesian prior, but towards each head's own start.
         """
         rewards = self(pairs)  # (E, n, 2)
         fit = F.softplus(rewards[..., 1] - rewards[..., 0])  # (E, n)
-        moves = [p - p0 for p, p0 in zip((*self.weights, *self.biases), self.start, strict=True)]
-        if self.is_released:
-            squares = torch.cat([move.flatten() for move in moves]).square()
-            return fit.mean() + self.strength * len(pairs) / num_labels * squares.mean()
-        sigmas = self.sigmas.repeat(2)  # biases use their layer's
-        anchor = sum((m / sigma).square().sum() for m, sigma in zip(moves, sigmas, strict=True))
+        anchor = 0.0
+        sigmas = (*self.sigmas, *self.sigmas)  # biases use their layer's
+        for now, start, sigma in zip((*self.weights, *self.biases), self.start, sigmas):
+            anchor = anchor + ((now - start) / sigma).square().sum()
         return fit.mean(1).sum() + self.strength / (2 * num_labels) * anchor  # Eq. 8
 
     def fit(self, new_pairs: Tensor, rng: torch.Generator) -> None:
         """Add labelled pairs' features (n, 2, D) to D, then Adam steps on random minibatches."""
         self.pairs = torch.cat([self.pairs, new_pairs])  # (N, 2, D)
-        if self.is_released and len(self.pairs) < self.minibatch_size:
-            return
         for _ in range(self.num_steps if len(self.pairs) else 0):
             rows = torch.randperm(len(self.pairs), generator=rng)[: self.minibatch_size]
             self.optimizer.zero_grad()
             self.loss(self.pairs[rows], len(self.pairs)).backward()
             self.optimizer.step()
 
-    def get_extra_state(self) -> Tensor:
-        return self.pairs  # D goes into the checkpoint with the heads
+    def get_extra_state(self) -> dict[str, Any]:
+        """D and the optimiser's state go into the checkpoint with the heads."""
+        return {"pairs": self.pairs, "optimizer": self.optimizer.state_dict()}
 
-    def set_extra_state(self, state: Tensor) -> None:
-        self.pairs = state.to(self.mean.device)
-
-
-def packed_features(backbone: nn.Module, batch: Batch) -> Tensor:
-    """Last hidden state at each response's last token, (B, N, D), read from packed rows."""
-    mask = batch.response_mask
-    inputs, order = packed_inputs(
-        backbone, batch.prompt_ids, batch.prompt_mask, batch.response_ids, mask
-    )
-    states = backbone(**inputs)[0][:, -order.shape[1] :]  # (B, L, D)
-    last = mask.sum(-1).cumsum(1) - 1  # (B, N), of the real tokens in order
-    return states[torch.arange(len(batch))[:, None], last].float()
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.pairs = state["pairs"]
+        self.optimizer.load_state_dict(state["optimizer"])
 
 
-def plain_features(backbone: nn.Module, tokenizer: Any, batch: Batch) -> Tensor:
-    """The same from one plain row a response, for encoders that cannot read packed ones."""
-    pairs = zip(batch.columns["prompt"], batch.responses, strict=True)
-    texts = [common.plain_text(prompt, y) for prompt, row in pairs for y in row]
-    rows = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
-    last = rows["attention_mask"].sum(1) - 1  # (B N,)
-    states = backbone(**rows.to(backbone.device))[0]  # (B N, S, D)
-    return states[torch.arange(len(last)), last].view(len(batch), -1, states.shape[-1]).float()
+@torch.no_grad()
+def read_features(backbone: nn.Module, batch: Batch, config: Config) -> Tensor:
+    """Mean of the backbone's last hidden states over each response's tokens, (B, N, D)."""
+
+    def features(rows: Tensor) -> Tensor:
+        part = batch.select(rows)
+        mask = part.response_mask.to(backbone.device)  # (b, N, R)
+        prompt = part.prompt_ids, part.prompt_mask
+        row = common.packed_row(backbone, *prompt, part.response_ids, part.response_mask)
+        length = common.packed_mask(mask).shape[1]  # L
+        with common.autocast(backbone.device):
+            states = backbone(**row)[0][:, -length:].float()  # (b, L, D)
+        sums = common.unpack(states, mask).sum(2)  # (b, N, R, D) -> (b, N, D)
+        return sums / mask.sum(2, keepdim=True)
+
+    return common.in_parts(features, len(batch), config.micro_batch_size)
 
 
-def retokenise(batch: Batch, tokenizer: Any) -> Batch:
-    """The batch's texts in the tokens of another model; an empty response is read as one EOS."""
-    options = dict(padding=True, return_tensors="pt")
-    prompts = tokenizer(batch.columns["prompt"], padding_side="left", **options)
-    texts = [y.strip() for row in batch.responses for y in row]
-    texts = [f" {text}" if text else tokenizer.eos_token for text in texts]
-    responses = tokenizer(texts, padding_side="right", add_special_tokens=False, **options)
-    shape = (len(batch), -1, responses["input_ids"].shape[1])  # (B, N, R)
-    return dataclasses.replace(
-        batch,
-        prompt_ids=prompts["input_ids"],
-        prompt_mask=prompts["attention_mask"],
-        response_ids=responses["input_ids"].view(shape),
-        response_mask=responses["attention_mask"].view(shape),
-    )
-
-
-# ------------------------------------------------------------------ which pair to compare
+# ---------------------------------------------------------------- which pair to compare
 
 
 def thompson_first(rewards: Tensor, heads: Tensor, is_distinct: Tensor) -> Tensor:
@@ -270,43 +253,32 @@ def second_ee(
     second = tries.gather(0, differs.int().argmax(0, keepdim=True))[0]  # (B,)
     is_clash = ~differs.any(0)
     others = is_distinct.scatter(1, first[:, None], False)
-    runner_up = thompson_first(rewards, heads, others)  # itself, no duel, if it is the only text
-    return torch.where(is_clash, runner_up, second), is_clash
+    return torch.where(is_clash, thompson_first(rewards, heads, others), second), is_clash
 
 
 def most_uncertain_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
     """The pair with the largest variance over heads of its reward gap, (E, B, N) -> (B,), (B,)."""
     num = rewards.shape[-1]
     spread = (rewards[..., :, None] - rewards[..., None, :]).var(0)  # (E, B, N, N) -> (B, N, N)
-    allowed = is_distinct[:, :, None] & is_distinct[:, None, :]
-    flat = spread.masked_fill(~allowed, -1).flatten(1).argmax(1)  # (B,)
+    is_allowed = is_distinct[:, :, None] & is_distinct[:, None, :]
+    flat = spread.masked_fill(~is_allowed, -1).flatten(1).argmax(1)  # (B,)
     return flat // num, flat % num
-
-
-def keep_uncertain(batch: Batch, run: common.Run, num_kept: int) -> tuple[Batch, Tensor]:
-    """APL (arXiv:2402.08114): keep the prompts of highest predictive entropy, estimated as minus
-    the mean over candidates of log pi(y | x); with their implicit rewards (1, num_kept, N)."""
-    logps = common.frozen_logps(run.policy, batch, run.config)  # (B, N)
-    kept = (-logps.mean(1)).topk(num_kept).indices
-    batch = batch.select(kept)
-    ref_logps = common.frozen_logps(run.ref_model, batch, run.config)
-    return batch, run.config.beta * (logps[kept] - ref_logps)[None]
 
 
 def choose_duels(
     config: Config, batch: Batch, rewards: Tensor | None, is_synthetic: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps 3 and 4: two candidate numbers a prompt and whether the draw clashed, each (B,).
+    """Steps 3 to 5: two candidate numbers a prompt and whether the draw clashed, each (B,).
 
-    Rewards (E, B, N) are the ensemble's (apl: implicit rewards, E = 1; passive: not looked at).
-    A synthetic pair is a random head's best and worst candidate, in this order.
+    `rewards` (E, B, N) are the ensemble's, or APL's implicit ones with E = 1; passive exploration
+    reads none and takes the first two candidates. A synthetic pair is a random head's best and
+    worst candidate, chosen and rejected.
     """
     rows, is_clash = torch.arange(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
     if config.explore == "passive":
         return torch.zeros_like(rows), torch.ones_like(rows), is_clash
-    num_heads, is_distinct = len(rewards), common.distinct(batch.responses)
-    heads = torch.randint(num_heads, (len(batch),), generator=rng)  # one per prompt
-    redraws = torch.randint(num_heads, (num_heads, len(batch)), generator=rng)
+    is_distinct = common.distinct(batch.responses)
+    heads = torch.randint(len(rewards), (len(batch),), generator=rng)  # one per prompt
     best, worst = common.widest_pair(rewards[heads, rows], is_distinct)
     if config.explore == "apl":
         return best, worst, is_clash
@@ -317,122 +289,158 @@ def choose_duels(
     if config.explore == "bai":
         second = second_bai(rewards, first, is_distinct, config.bai_variance)
     if config.explore == "ee":
+        redraws = torch.randint(len(rewards), (len(rewards), len(batch)), generator=rng)
         second, is_clash = second_ee(rewards, first, heads, redraws, is_distinct)
     first, second = torch.where(is_synthetic, best, first), torch.where(is_synthetic, worst, second)
     return first, second, is_clash & ~is_synthetic
 
 
-def head_metrics(
-    rewards: Tensor, asked: Tensor, chosen: Tensor, rejected: Tensor
-) -> tuple[int, dict[str, float]]:
-    """ensemble_accuracy: the mean head's on the new labels, before it learns them;
-    ensemble_disagreement: mean over prompts of the standard deviation over heads of
-    sigmoid(r(first sample) - r(second sample)), two arbitrary samples of the policy."""
-    gaps = rewards.gather(2, torch.stack([chosen, rejected], 1).expand(len(rewards), -1, -1))
-    is_right = gaps.diff(dim=-1)[:, asked, 0].mean(0) < 0  # (E, B, 2) -> (n,)
-    spread = (rewards[..., 0] - rewards[..., 1]).sigmoid().std(0)  # (E, B) -> (B,)
-    accuracy, disagreement = is_right.double().mean().item(), spread.mean().item()
-    return len(asked), {"ensemble_accuracy": accuracy, "ensemble_disagreement": disagreement}
+def keep_uncertain(
+    batch: Batch, policy: nn.Module, ref_model: nn.Module, config: Config
+) -> tuple[Batch, Tensor]:
+    """APL (arXiv:2402.08114): keep the --batch_size prompts of highest predictive entropy, which is
+    estimated as minus the mean over candidates of log pi(y | x); with their implicit rewards
+    (1, B, N), of which the widest pair is asked."""
+    logps = frozen_logps(policy, batch, config)  # (B, N)
+    kept = (-logps.mean(1)).topk(config.batch_size).indices
+    batch = batch.select(kept)
+    ref_logps = frozen_logps(ref_model, batch, config)
+    return batch, config.beta * (logps[kept] - ref_logps)[None]
 
 
-# ------------------------------------------------------------------ Algorithm 2
+# ---------------------------------------------------------------- what is measured
 
 
-def load_ensemble(config: Config, run: common.Run) -> tuple[EpistemicRewardModel, Callable]:
-    """The heads, and the function from a `Batch` to the features (B, N, D) that they read."""
-    tokenizer, is_packed = None, True
-    backbone = run.ref_model.base_model  # "reference": it shares the policy's tokens
-    if config.erm_backbone != "reference":
-        name, flag_name, dtype = config.erm_backbone, "erm_backbone", torch.float32
-        tokenizer = common.load_pretrained(transformers.AutoTokenizer, name, flag_name)
-        backbone = common.load_pretrained(transformers.AutoModel, name, flag_name, dtype=dtype)
-        lengths = (config.max_prompt_length, config.max_new_tokens)
-        is_packed = common.packing_error(backbone, *lengths) < 1e-3
-        if not is_packed:
-            print(f"--erm_backbone {name} is read one row a response: it cannot read packed rows")
-        dtype = torch.bfloat16 if config.device.startswith("cuda") else dtype
-        backbone.to(config.device, dtype)
+def head_metrics(rewards: Tensor, asked: Tensor, winners: Tensor) -> dict[str, float]:
+    """ensemble_disagreement: mean over prompts of the standard deviation over heads of
+    sigmoid(r(first sample) - r(second sample)), two arbitrary samples of the policy;
+    ensemble_accuracy: the mean head's on the new labels, before it learns them.
 
-    @torch.no_grad()
-    def read(batch: Batch) -> Tensor:
-        features = []
-        with common.autocast(backbone.device):
-            for _, part in batch.split(config.micro_batch_size):
-                if not is_packed:
-                    features.append(plain_features(backbone, tokenizer, part))
-                else:
-                    part = retokenise(part, tokenizer) if tokenizer else part
-                    features.append(packed_features(backbone, part))
-        return torch.cat(features)
-
-    ensemble = EpistemicRewardModel(backbone.config.hidden_size, config)
-    run.parts |= {"ensemble": ensemble, "ensemble_optimizer": ensemble.optimizer}
-    return ensemble, read
+    Rewards (E, B, N), labelled rows (n,), their chosen and rejected candidates (n, 2).
+    """
+    spread = (rewards[..., 0] - rewards[..., 1]).sigmoid().std(0)  # (E, B, N) -> (B,)
+    metrics = {"ensemble_disagreement": spread.mean().item()}
+    if len(asked):
+        mean_rewards = rewards.mean(0)[asked].gather(1, winners)  # (n, 2)
+        is_right = mean_rewards[:, 0] > mean_rewards[:, 1]
+        metrics["ensemble_accuracy"] = is_right.double().mean().item()
+    return metrics
 
 
 @torch.no_grad()
-def own_metrics(config: Config, run: common.Run, ensemble: Any, read: Callable) -> dict[str, float]:
-    """clashes: `ee` duels so far for which no redrawn head wanted another candidate; and of the
-    mean head's best of N policy samples, win_metrics and reward on the held-out prompts."""
-    clashes = {"clashes": run.counts["clashes"]}
-    if not config.best_of_n:
-        return clashes
-    batch = run.eval_responses(config.best_of_n, "best of n")
-    mean_rewards = ensemble(read(batch)).mean(0).cpu()  # (E, B, N) -> (B, N)
-    texts = [[row[n]] for row, n in zip(batch.responses, mean_rewards.argmax(-1), strict=True)]
-    rewards = run.oracle.score(batch.columns["prompt"], texts)[:, 0]
-    metrics = common.win_metrics(rewards, run.baseline_rewards) | {"reward": rewards.mean().item()}
-    return clashes | {f"best_of_n_{name}": value for name, value in metrics.items()}
+def best_of_n_metrics(
+    task: harness.Task, config: Config, backbone: nn.Module, ensemble: EpistemicRewardModel
+) -> dict[str, float]:
+    """best_of_n_*: win_metrics and reward of the mean head's best of N policy samples."""
+    if not config.best_of_n or not task.oracle.can_score():
+        return {}
+    rng = generator(config.seed, "best of n")
+    models, num = (task.policy, task.tokenizer), config.best_of_n
+    batch = common.respond(*models, task.held_out, num, rng, config, temperature=1.0)
+    best = ensemble(read_features(backbone, batch, config)).mean(0).argmax(-1)  # (E, B, N) -> (B,)
+    texts = [[row[n]] for row, n in zip(batch.responses, best)]
+    rewards = task.oracle.score(batch.columns["prompt"], texts)[:, 0]
+    baseline = torch.tensor(batch.columns["baseline_reward"])
+    metrics = harness.win_metrics(rewards, baseline) | {"reward": rewards.mean().item()}
+    return {f"best_of_n_{name}": value for name, value in metrics.items()}
 
 
-def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
-    """SEA, round by round; `common.Run` says what is written where."""
-    run = common.Run(config, oracle)
-    ensemble, read_features = load_ensemble(config, run) if config.num_heads else (None, None)
-    sampler = run.ref_model if config.offline else run.policy
-    decoder = partial(run.decoder, sampler, config.num_candidates)
-    num_prompts = config.batch_size * (4 if config.explore == "apl" else 1)
+# ---------------------------------------------------------------- Algorithm 2
 
-    def pair_loss(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
+
+@dataclass
+class Counts(harness.Counts):
+    clashes: int = 0  # `ee` duels for which no redrawn head wanted another candidate
+
+
+def load_ensemble(
+    config: Config, ref_model: nn.Module, tokenizer: Any
+) -> tuple[nn.Module, EpistemicRewardModel]:
+    """The frozen encoder of --erm_backbone, which reads the policy's tokens, and the heads."""
+    backbone, name = ref_model.base_model, config.erm_backbone
+    if name != "reference":
+        own = harness.load_pretrained(transformers.AutoTokenizer, name, "erm_backbone")
+        harness.require_same_vocabulary(own, tokenizer, f"--erm_backbone {name}")
+        options = {"dtype": torch.float32}
+        backbone = harness.load_pretrained(transformers.AutoModel, name, "erm_backbone", **options)
+        harness.check_model(backbone.to(config.device), f"--erm_backbone {name}", config)
+        backbone.to(torch.bfloat16 if config.device.startswith("cuda") else torch.float32)
+    print(f"backbone   {name}, {config.num_heads} heads")
+    return backbone, EpistemicRewardModel(backbone.config.hidden_size, config)
+
+
+def pair_loss(config: Config) -> Callable[[Tensor, Tensor, Batch], Tensor]:
+    """--loss of log-probabilities (b, 2); IPO's are means over tokens."""
+    loss = {"dpo": common.dpo, "ipo": common.ipo, "slic": common.slic}[config.loss]
+
+    def losses(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
         lengths = part.response_mask.sum(-1).to(logps.device)  # (b, 2)
-        per = lengths if config.loss == "ipo" else 1  # IPO is on means over tokens
-        loss = {"dpo": common.dpo, "ipo": common.ipo, "slic": common.slic}[config.loss]
+        per = lengths if config.loss == "ipo" else 1
         return loss(logps / per, ref_logps / per, config.beta)
 
-    for number in run.rounds(lambda *_: own_metrics(config, run, ensemble, read_features)):
-        rng = generator(config.seed, "round", number)
+    return losses
+
+
+def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
+    """SEA, round by round, into --output_dir; the oracle is --reward_model unless one is given."""
+    task = harness.load(config, oracle)
+    policy, ref_model, tokenizer, oracle = task.policy, task.ref_model, task.tokenizer, task.oracle
+    optimizer, loss = common.start_optimizer(policy, config), pair_loss(config)
+    parts, ensemble, rewards = {"policy": policy, "optimizer": optimizer}, None, None
+    if config.num_heads:
+        backbone, ensemble = load_ensemble(config, ref_model, tokenizer)
+        parts["ensemble"] = ensemble
+    run = harness.Run(config, oracle, parts, Counts(), table=("online_win_rate",))
+    num_prompts = config.batch_size * (4 if config.explore == "apl" else 1)
+
+    while True:
+        is_last = oracle.queries >= config.num_queries
+        if run.evaluation_is_due(oracle.queries, is_last):
+            own = best_of_n_metrics(task, config, backbone, ensemble) if config.best_of_n else {}
+            run.log(*evaluate(task, config), own)
+        if is_last:
+            break
+        rng = generator(config.seed, "round", run.round)
         # 1. Receive prompts, and 2. draw M candidates a prompt.
-        prompts = run.next_prompts(num_prompts)
-        batch = run.respond(decoder, prompts, config.num_candidates, rng, config.temperature)
-        run.counts["candidates"] += len(prompts) * config.num_candidates
-        run.lap("generate")
+        batch = next_prompts(task.prompts, run.round * num_prompts, num_prompts, config.seed)
+        sampler = ref_model if config.offline else policy
+        batch = common.respond(sampler, tokenizer, batch, config.num_candidates, rng, config)
+        run.counts.add_samples(num_prompts * config.num_candidates)
         # 3, 4. Choose a duel a prompt; the heads choose some pairs for themselves.
         if config.explore == "apl":
-            batch, implicit_rewards = keep_uncertain(batch, run, config.batch_size)
+            batch, rewards = keep_uncertain(batch, policy, ref_model, config)
         if ensemble:
-            features = read_features(batch)
-            if number == 0:
-                ensemble.calibrate(features)
-            rewards = ensemble(features).detach().cpu()  # (E, B, N)
-        judges = implicit_rewards if config.explore == "apl" else rewards if ensemble else None
-        is_mixed = run.oracle.queries >= config.burn_in
-        is_synthetic = is_mixed & (torch.rand(len(batch), generator=rng) >= config.gamma)
-        first, second, is_clash = choose_duels(config, batch, judges, is_synthetic, rng)
-        run.counts["clashes"] += int(is_clash.sum())
-        run.lap("select")
-        # 5. Ask the oracle about the duels of distinct texts; synthetic pairs are labelled already.
-        is_model = is_synthetic & (config.synthetic_labels == "model")
-        asked, chosen, rejected = run.ask(batch, first, second, ~is_model)
-        # 6. Train the heads on D, to which duels that the oracle labelled are added, and no others.
+            features = read_features(backbone, batch, config)  # (B, N, D)
+            ensemble.calibrate(features, common.distinct(batch.responses))
+            head_rewards = ensemble(features).detach()  # (E, B, N)
+            rewards = rewards if config.explore == "apl" else head_rewards
+        is_open = torch.tensor(oracle.queries >= config.burn_in)
+        is_synthetic = is_open & (torch.rand(len(batch), generator=rng) >= config.gamma)
+        first, second, is_clash = choose_duels(config, batch, rewards, is_synthetic, rng)
+        run.counts.clashes += int(is_clash.sum())
+        # 5. Ask the oracle, where the texts differ and the budget allows.
+        picks = torch.stack([first, second], dim=1)  # (B, 2)
+        is_pair = common.differ(batch.responses, picks)
+        asked = (is_pair & ~is_synthetic).nonzero()[: config.num_queries - oracle.queries, 0]
+        order, online = harness.label(oracle, batch.select(asked, picks[asked]))
+        winners = picks[asked].gather(1, order)  # (n, 2): chosen and rejected candidates
+        run.record(online)
+        # 6. Train the heads on D, to which the labelled duels are added, and no others.
         if ensemble:
-            run.record(*head_metrics(rewards, asked, chosen, rejected))
-            ensemble.fit(features[asked[:, None], torch.stack([chosen, rejected], 1)[asked]], rng)
-            run.lap("ensemble")
+            run.record(head_metrics(head_rewards, asked, winners))
+            ensemble.fit(features[asked[:, None], winners], rng)
         # 7. Train the policy on all pairs of the round.
-        kept = run.keep(batch, chosen, rejected, is_model)
-        run.learn([batch.select(kept, torch.stack([chosen, rejected], 1)[kept])], pair_loss)
+        synthetic = (is_pair & is_synthetic).nonzero()[:, 0]
+        pairs = [batch.select(asked, winners), batch.select(synthetic, picks[synthetic])]
+        run.keep(*pairs)
+        pairs = common.stacked(pairs)
+        pairs.ref_logps = frozen_logps(ref_model, pairs, config)  # (n, 2)
+        run.record(train_step(policy, optimizer, pairs, loss, config))
+        run.counts.gradient_steps += len(pairs) > 0
+        run.end_round(has_asked=not is_synthetic.all())
+    run.finish(policy, tokenizer)
     return run
 
 
 if __name__ == "__main__":
-    common.main(Config, train, __doc__)
+    harness.main(Config, train, __doc__)

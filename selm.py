@@ -10,9 +10,10 @@ says anyway, to responses whose reward is not known yet. In expectation the term
   3. rank y and the data set's two responses; the best is `chosen`, the worst `rejected`
   4. one epoch of  DPO(chosen, rejected) + alpha * beta * (log pi(y) - log pi_ref(y)),  minimised
 
---bonus none is iterative DPO: alpha 0, the same code. --bonus xpo (arXiv:2405.21046): y from the
-policy at the iteration's start against y~ from the frozen reference, labelled; alpha * log pi(y~)
-without beta; pairs accumulate: a round adds as many old pairs a past iteration as it has new ones.
+--bonus none is iterative DPO: alpha 0, the same code, no third sequence. --bonus xpo
+(arXiv:2405.21046): y from the policy at the iteration's start against y~ from the frozen reference,
+labelled; alpha * log pi(y~) without beta; pairs accumulate: a round adds as many old pairs a past
+iteration as it has new ones.
 
 Where the paper (P) and its released code (C) differ, and what is done here:
   coefficient    P alpha * beta (Eq. 4.2), but alpha alone in Algorithm 1; C, here alpha * beta
@@ -20,13 +21,11 @@ Where the paper (P) and its released code (C) differ, and what is done here:
   source of y    P sampled (--bonus_response sample); C, here greedy, which is another algorithm: at
                  policy = reference a sampled y's gradient is 0 on average, a greedy one's is not
   when y comes   P, C before the iteration; here round by round, from the same frozen model
-  which y        P, C, here y wherever it ranks; C always runs it again, half as much compute on
-                 top; here it costs a third sequence only where it is the middle one, in no pair
+  which y        P, C, here y wherever it ranks, as a third sequence beside chosen and rejected
   theory         P accumulates pairs, from policy and reference; not in C; here --bonus xpo
 Differences from both: the oracle ranks, not PairRM, with noise unless --labels argmax; n texts cost
-ceil(3 n / 2) - 2 labels; beta 0.1, not 0.01; a constant rate after each warm-up, not a cosine; with
---first_iteration offline (Zephyr's recipe: --num_iterations 4 --learning_rate_factors 1 1 1 0.2)
-the oracle labels the data set's pairs. XPO's alpha and schedule are unconfirmed, ours a choice.
+ceil(3 n / 2) - 2 labels; beta 0.1, not 0.01; a constant rate after each warm-up, not a cosine; no
+offline DPO first (Zephyr's recipe). XPO's alpha and schedule are unconfirmed, ours a choice.
 
     python selm.py       # 1 minute on two CPU cores, offline. On a GPU: not measured
 
@@ -36,28 +35,25 @@ Shapes: B prompts, N responses a prompt; common.py has the others.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import common
-from common import Batch, flag, frozen_logps, generator, require, response_logps
+import harness
+from common import Batch, frozen_logps, generator, require, respond, train_step
+from harness import evaluate, flag, next_prompts
 
 
 @dataclass
-class Config(common.Config):
-    """SELM's flags; a default of None is resolved by --bonus and the data set."""
+class Config(harness.Config):
+    """SELM's flags; a default of None depends on --bonus and the data set."""
 
     bonus: Literal["selm", "xpo", "none"] = flag("selm", "none: iterative DPO")
     alpha: float | None = flag(None, "strength of the bonus (selm 1e-3, as Zephyr's; xpo 1e-5)")
     bonus_response: Literal["greedy", "sample"] = flag("greedy", "y (xpo always samples)")
-    bonus_floor: float | None = flag(
-        None, "nats that log pi(y) may fall below the reference before the bonus stops (no bound)"
-    )
     num_iterations: int = flag(3, "each with a slice of the prompts and a share of the labels")
     learning_rate_factors: list[float] | None = flag(
         None, "of --learning_rate, one an iteration (evenly from 1 to 0.2; Llama's are 1 0.6 0.2)"
@@ -65,286 +61,242 @@ class Config(common.Config):
     ranker_candidates: int | None = flag(
         None, "further samples of the reference to rank (0; 1 if the data set has prompts only)"
     )
-    first_iteration: Literal["online", "offline"] = flag(
-        "online", "offline: plain DPO on the data set's own pairs first"
-    )
     other_column: str = flag("other", "of the data set: a second response, which is ranked too")
 
-    may_be_zero = (*common.Config.may_be_zero, "alpha", "ranker_candidates")
+    script = "selm"
+    may_be_zero = (*harness.Config.may_be_zero, "alpha", "ranker_candidates")
+    unnamed = (*harness.Config.unnamed, "bonus", "bonus_response")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def arm(self) -> str:
+        is_sampled = self.bonus != "xpo" and self.bonus_response == "sample"
+        return self.bonus + "-sample" * is_sampled
+
+    def resolve(self) -> None:
         if self.alpha is None:
             self.alpha = {"selm": 1e-3, "xpo": 1e-5, "none": 0.0}[self.bonus]
-        num, factors = self.num_iterations, self.learning_rate_factors
-        wrong = f"--num_queries {self.num_queries} is below --num_iterations {num}"
-        require(self.num_queries >= num, wrong)
-        if factors is None:
-            factors = [1 - 0.8 * t / max(1, num - 1) for t in range(num)]
-        self.learning_rate_factors = factors
-        require(self.bonus != "none" or self.alpha == 0, f"--alpha {self.alpha} needs a --bonus")
-        is_right = isinstance(factors, list) and len(factors) == num
-        require(is_right, f"--learning_rate_factors needs {num} numbers, one an iteration")
-        is_odd = self.ranker_candidates is not None or self.first_iteration == "offline"
-        require(not is_odd or self.bonus != "xpo", "--bonus xpo: no ranking, no offline iteration")
-        arm = self.bonus + "-sample" * (self.bonus != "xpo" and self.bonus_response == "sample")
-        arm += "-offline" * (self.first_iteration == "offline")
-        self.output_dir = self.output_dir or f"runs/selm-{arm}-{self.seed}"
+        if self.learning_rate_factors is None:
+            last = max(1, self.num_iterations - 1)
+            self.learning_rate_factors = [1 - 0.8 * t / last for t in range(self.num_iterations)]
+
+    def check(self) -> None:
+        is_right = self.bonus != "none" or self.alpha == 0
+        require(is_right, f"--alpha {self.alpha} contradicts --bonus none")
+        is_right = len(self.learning_rate_factors) == self.num_iterations
+        require(is_right, f"--learning_rate_factors: {self.num_iterations} numbers are needed")
+        is_right = self.bonus != "xpo" or self.ranker_candidates is None
+        require(is_right, "--ranker_candidates contradicts --bonus xpo, which ranks nothing")
 
 
-# ------------------------------------------------------------------ the loss
+# ---------------------------------------------------------------- the loss
 
 
 def bonus_loss(
-    y_logps: Tensor, y_ref_logps: Tensor, alpha: float, beta: float,
-    bonus: str = "selm", floor: float | None = None,
-) -> Tensor:  # fmt: skip
+    y_logps: Tensor, y_ref_logps: Tensor, alpha: float, beta: float, bonus: str = "selm"
+) -> Tensor:
     """SELM's term, Eq. 4.2 of arXiv:2405.19332v3, as it is added to a loss that is minimised:
     alpha * beta * (log pi(y) - log pi_ref(y)); for "xpo" alpha * log pi(y). (B,) -> (B,).
 
-    Log-probabilities are sums over tokens. The sign is plus: likelihood of y goes down. With
-    `floor` nothing is gained, nor any gradient left, once y is `floor` nats below the reference.
+    Log-probabilities are sums over tokens. The sign is plus: the likelihood of y goes down. It is
+    unbounded below, so with a large alpha y runs away and the loss turns negative.
     """
-    if floor is not None:
-        y_logps = torch.maximum(y_logps, y_ref_logps - floor)
     if bonus == "xpo":
         return alpha * y_logps
     return alpha * beta * (y_logps - y_ref_logps)  # Eq. 4.2
 
 
-def loss_terms(
-    logps: Tensor, ref_logps: Tensor, part: Batch, config: Config
-) -> tuple[Tensor, Tensor, Tensor]:
-    """DPO loss of columns 0 and 1, bonus of the column that is y, its log-ratio: (B, N) -> (B,)."""
-    y = torch.tensor(part.columns["y"], device=logps.device)[:, None]  # (B, 1), a column number
-    y_logps, y_ref_logps = logps.gather(1, y)[:, 0], ref_logps.gather(1, y)[:, 0]  # (B,)
-    scales = config.alpha, config.beta, config.bonus, config.bonus_floor
-    bonus = bonus_loss(y_logps, y_ref_logps, *scales)
-    return common.dpo(logps, ref_logps, config.beta), bonus, (y_logps - y_ref_logps).detach()
+def pair_loss(config: Config) -> Callable[[Tensor, Tensor, Batch], Tensor]:
+    """DPO of columns 0 and 1; with a bonus plus that of column 2, which is y: (b, N) -> (b,)."""
+
+    def losses(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
+        loss = common.dpo(logps, ref_logps, config.beta)
+        if config.bonus == "none":
+            return loss
+        scales = (config.alpha, config.beta, config.bonus)
+        return loss + bonus_loss(logps[:, 2], ref_logps[:, 2], *scales)
+
+    return losses
+
+
+# ---------------------------------------------------------------- candidates and their ranking
 
 
 def comparisons(num_texts: int) -> int:
     """Labels that best *and* worst of so many texts cost: compare in twos, then the best of the
     winners and the worst of the losers, ceil(3 n / 2) - 2."""
-    return max(0, -(-3 * num_texts // 2) - 2)
+    return max(0, math.ceil(3 * num_texts / 2) - 2)
 
 
-def training_groups(batch: Batch, chosen: Tensor, rejected: Tensor, y: Tensor) -> list[Batch]:
-    """What step 4 trains on: chosen, rejected, and y as a third response only where it is neither.
+class GreedyFirst(common.PackedDecoder):
+    """A decoder under which the first of N responses is greedy and the others are sampled."""
 
-    Candidate numbers (B,) each, of pairs with chosen != rejected. Returns a batch with N = 2 and
-    one with N = 3, to be stepped as one; their column "y" says which response is y.
-    """
-    is_middle = (chosen != y) & (rejected != y)
-    rows, middle = (~is_middle).nonzero()[:, 0], is_middle.nonzero()[:, 0]
-    duels = batch.select(rows, torch.stack([chosen, rejected], 1)[rows])
-    trios = batch.select(middle, torch.stack([chosen, rejected, y], 1)[middle])
-    duels.columns["y"] = (rejected == y)[rows].int().tolist()
-    trios.columns["y"] = [2] * len(middle)
-    return [duels, trios]
-
-
-def gradient_norms(policy: nn.Module, groups: list[Batch], config: Config) -> dict[str, float]:
-    """Norms of the gradient of DPO's part and of the bonus's part of the loss on these pairs."""
-    weights, num_pairs = list(policy.parameters()), sum(map(len, groups))
-    totals = [[torch.zeros_like(weight) for weight in weights] for _ in range(2)]
-    for part in (part for group in groups for _, part in group.split(config.micro_batch_size)):
-        logps = response_logps(policy, part)
-        terms = loss_terms(logps, part.ref_logps.to(logps.device), part, config)
-        for total, term in zip(totals, terms[:2], strict=True):
-            gradients = torch.autograd.grad(term.sum() / num_pairs, weights, retain_graph=True)
-            for so_far, gradient in zip(total, gradients, strict=True):
-                so_far += gradient
-    norms = [nn.utils.get_total_norm(total).item() for total in totals]
-    return {"dpo_grad_norm": norms[0], "bonus_grad_norm": norms[1]}
-
-
-# ------------------------------------------------------------------ candidates
-
-RANKS = ("y_best", "y_middle", "y_worst")
-
-
-def greedy_first(next_logits: Callable) -> Callable:
-    """Next-token logits under which the first of N responses is greedy and the others sampled."""
-
-    def changed(tokens: Tensor | None) -> Tensor:
-        logits = next_logits(tokens).clone()  # (B, N, V)
-        best = logits[:, :1].argmax(-1, keepdim=True)
+    def __call__(self, tokens: Tensor, is_open: Tensor) -> Tensor:
+        logits = super().__call__(tokens, is_open)  # (B, N, V)
+        best = logits[:, :1].argmax(-1, keepdim=True)  # (B, 1, 1)
         logits[:, :1] = torch.full_like(logits[:, :1], -torch.inf).scatter(-1, best, 0.0)
         return logits
 
-    return changed
+
+def own_responses(prompts: Batch, column: str, tokenizer: Any) -> Batch:
+    """The data set's responses to the prompts, as a batch with N = 1; cut at --max_new_tokens."""
+    limit, is_chat = prompts.response_ids.shape[-1], bool(tokenizer.chat_template)
+    texts = [text.strip() if is_chat else f" {text.strip()}" for text in prompts.columns[column]]
+    rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    rows = [(row + [tokenizer.eos_token_id])[:limit] for row in rows]  # no EOS if it was cut
+    ids = torch.full((len(rows), 1, limit), tokenizer.eos_token_id)  # (B, 1, R)
+    mask = torch.zeros_like(ids)
+    for n, row in enumerate(rows):
+        ids[n, 0, : len(row)], mask[n, 0, : len(row)] = torch.tensor(row), 1
+    return common.with_responses(prompts, ids, mask, tokenizer)
 
 
 def num_samples(config: Config, prompts: Batch) -> int:
     """y and --ranker_candidates more, of which there must be one if there is nothing to rank."""
-    has_texts = bool({"reference", config.other_column} & prompts.columns.keys())
-    return 1 + (config.ranker_candidates if config.ranker_candidates is not None else 1 - has_texts)
+    is_alone = not {"reference", "other"} & prompts.columns.keys()
+    return 1 + (is_alone if config.ranker_candidates is None else config.ranker_candidates)
 
 
-def own_responses(prompts: Batch, column: str, run: common.Run) -> Batch:
-    """The data set's responses to the prompts, as a batch with N = 1; cut at --max_new_tokens."""
-    tokenizer, limit = run.tokenizer, run.config.max_new_tokens
-    texts = [str(text or "").strip() for text in prompts.columns[column]]
-    is_chat = run.config.chat_template != "off" and bool(tokenizer.chat_template)
-    texts = texts if is_chat else [f" {text}" if text else "" for text in texts]
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    ids = [(row + [tokenizer.eos_token_id])[:limit] for row in ids]  # no EOS if it was cut
-    cut = [n for n, row in enumerate(ids) if row[-1] != tokenizer.eos_token_id]
-    for n in cut:  # the oracle reads what is trained on
-        texts[n] = tokenizer.decode(ids[n], skip_special_tokens=True)
-    rows = tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt")
-    ids, mask = rows["input_ids"][:, None], rows["attention_mask"][:, None]  # (B, 1, R)
-    return replace(prompts, responses=[[y] for y in texts], response_ids=ids, response_mask=mask)
-
-
-def ranked_groups(
-    config: Config, run: common.Run, prompts: Batch, snapshot: nn.Module, rng: torch.Generator
-) -> list[Batch]:
-    """Steps 2 and 3: y and further samples from the snapshot, beside the data set's responses."""
+def candidates(
+    config: Config, snapshot: nn.Module, tokenizer: Any, prompts: Batch, rng: torch.Generator
+) -> Batch:
+    """Step 2: y, as candidate 0, and further samples beside the data set's own responses."""
+    decoder = GreedyFirst if config.bonus_response == "greedy" else common.PackedDecoder
     num = num_samples(config, prompts)
-
-    def decoder(part: Batch) -> Callable:
-        next_logits = run.decoder(snapshot, num, part)
-        return greedy_first(next_logits) if config.bonus_response == "greedy" else next_logits
-
-    sampled = run.respond(decoder, prompts, num, rng, config.temperature)
-    run.counts["candidates"] += len(prompts) * num
-    columns = [name for name in ("reference", config.other_column) if name in prompts.columns]
-    batch = common.beside([sampled, *(own_responses(prompts, name, run) for name in columns)])
-    run.lap("generate")
-    best, worst, _ = run.rank(batch, comparisons, is_noisy=True)  # y is candidate 0
-    kept = run.keep(batch, best, worst)
-    best, worst = best[kept], worst[kept]
-    is_middle = (best != 0) & (worst != 0)
-    for name, rows in zip(RANKS, (best == 0, is_middle, worst == 0), strict=True):
-        run.counts[name] += int(rows.sum())
-    return training_groups(batch.select(kept), best, worst, torch.zeros_like(best))
+    sampled = respond(snapshot, tokenizer, prompts, num, rng, config, decoder=decoder)
+    columns = [name for name in ("reference", "other") if name in prompts.columns]
+    own = [own_responses(prompts, name, tokenizer) for name in columns]
+    return common.beside([sampled, *own])
 
 
-def labelled_groups(
-    config: Config, run: common.Run, prompts: Batch, snapshot: nn.Module, rng: torch.Generator
-) -> list[Batch]:
-    """XPO's pairs, a sample of the snapshot against one of the frozen reference (which is y), and
-    those of an offline iteration, the data set's own: labelled by the oracle."""
-    if config.bonus == "xpo":
-        samplers = [partial(run.decoder, model, 1) for model in (snapshot, run.ref_model)]
-        sampled = [run.respond(s, prompts, 1, rng, config.temperature) for s in samplers]
-        batch = common.beside(sampled)
-        run.counts["candidates"] += len(prompts) * 2
-    else:
-        columns = ("reference", config.other_column)
-        batch = common.beside([own_responses(prompts, name, run) for name in columns])
-    run.lap("generate")
-    first = torch.zeros(len(prompts), dtype=torch.long)
-    _, chosen, rejected = run.ask(batch, first, first + 1, first == 0)
-    kept = run.keep(batch, chosen, rejected)
-    return training_groups(batch.select(kept), chosen[kept], rejected[kept], first[kept] + 1)
+def rank(
+    config: Config, oracle: harness.Oracle, batch: Batch, number: int
+) -> tuple[Tensor, Tensor]:
+    """Step 3: the prompts with at least two distinct responses (n,), and of each the numbers of the
+    best and the worst response and, with a bonus, of y, which is response 0: (n, 2 or 3).
+
+    With --labels bernoulli standard Gumbel noise is added to the oracle's scores: a Plackett-Luce
+    ranking, whose pairs have exactly the probabilities of Bradley-Terry.
+    """
+    is_distinct = common.distinct(batch.responses)  # (B, N)
+    rows = (is_distinct.sum(1) >= 2).nonzero()[:, 0]
+    asked, is_distinct = batch.select(rows), is_distinct[rows]  # (n, N)
+    noise = torch.zeros(is_distinct.shape)
+    if config.labels == "bernoulli":
+        rng = generator(config.seed, "ranking", number)
+        uniforms = torch.rand(noise.shape, generator=rng, dtype=torch.float64)
+        noise = -(-uniforms.log()).log()  # Gumbel
+    costs = [comparisons(num) for num in is_distinct.sum(1).tolist()]
+    scores = oracle.rank(asked.columns["prompt"], asked.responses, noise, costs)  # (n, N)
+    best, worst = common.widest_pair(scores, is_distinct)
+    y = [] if config.bonus == "none" else [torch.zeros_like(best)]
+    return rows, torch.stack([best, worst, *y], dim=1)
 
 
-# ------------------------------------------------------------------ Algorithm 1
+def y_ranks(picks: Tensor) -> dict[str, float]:
+    """Shares of prompts whose y, response 0, is best, worst, or in no pair; picks (n, 2 or 3)."""
+    if not len(picks):
+        return {}
+    is_best, is_worst = (picks[:, :2] == 0).double().mean(0).tolist()
+    return {"y_best": is_best, "y_middle": 1 - is_best - is_worst, "y_worst": is_worst}
 
 
-def own_metrics(
-    config: Config, run: common.Run, snapshot: nn.Module, groups: list[Batch], evaluated: tuple
-) -> dict[str, float]:
-    """Of the iteration so far: shares of prompts whose y was best, middle, worst of the ranking,
-    and steps of negative loss. Now: KL to and from the iteration's reference on the held-out
-    prompts, in nats a response; the gradients' norms on the last step's pairs. `evaluated`: the
-    policy's responses and their log-probabilities (B, 1)."""
-    batch, logps = evaluated
-    reference = run.ref_model if config.bonus == "xpo" else snapshot
-    metrics = {name: run.counts[name] for name in ("iteration", "negative_losses")}
-    metrics["kl_iteration"] = (logps - frozen_logps(reference, batch, config)).mean().item()
-    batch = run.eval_responses(1, "forward kl", reference)
-    gaps = frozen_logps(reference, batch, config) - frozen_logps(run.policy, batch, config)
-    metrics["forward_kl"] = gaps.mean().item()
-    num_ranked = sum(run.counts[name] for name in RANKS)
-    metrics |= {name: run.counts[name] / num_ranked for name in RANKS if num_ranked}
-    return metrics | (gradient_norms(run.policy, groups, config) if groups else {})
+def xpo_pairs(
+    config: Config, task: harness.Task, snapshot: nn.Module, prompts: Batch, rng: torch.Generator
+) -> tuple[Batch, Tensor, Tensor]:
+    """XPO's pairs, labelled: a sample of the snapshot against one of the frozen reference, which is
+    the y of the bonus and so the third response: batch, rows (n,) and responses (n, 3)."""
+    models, options = (snapshot, task.ref_model), (task.tokenizer, prompts, 1, rng, config)
+    batch = common.beside([respond(model, *options) for model in models])
+    rows = common.differ(batch.responses).nonzero()[:, 0]
+    order, _ = harness.label(task.oracle, batch.select(rows))  # (n, 2)
+    return batch, rows, torch.cat([order, torch.ones(len(rows), 1).long()], dim=1)
 
 
-def labels_a_prompt(config: Config, prompts: Batch, t: int) -> int:
-    """Of iteration t, from 0, where no two texts are equal."""
-    if config.bonus == "xpo" or (config.first_iteration == "offline" and t == 0):
-        return 1
-    has = [name in prompts.columns for name in ("reference", config.other_column)]
-    return comparisons(num_samples(config, prompts) + sum(has))
+# ---------------------------------------------------------------- Algorithm 1
 
 
-def slices(config: Config, run: common.Run) -> list[Batch]:
-    """The prompts of each iteration, in file order; UserError where the data set cannot serve."""
-    size, where = len(run.prompts) // config.num_iterations, f"--dataset {config.dataset}"
-    has_pairs = {"reference", config.other_column} <= run.prompts.columns.keys()
-    wrong = f"{where}: an offline iteration needs two responses, see --other_column"
-    require(has_pairs or config.first_iteration == "online", wrong)
-    for t in range(config.num_iterations):
-        cost = labels_a_prompt(config, run.prompts, t)
-        require(cost, f"{where} has no responses to rank: --ranker_candidates must be above 0")
-        needed = math.ceil(config.num_queries / config.num_iterations / cost)
-        wrong = f"{where} has {size} prompts an iteration, not the {needed} that the labels need"
-        require(needed <= size, f"{wrong}: fewer --num_queries?")
-    rows = torch.arange(size * config.num_iterations)
-    return [run.prompts.select(part) for part in rows.split(size)]
+def plan(config: Config, prompts: Batch) -> tuple[int, int]:
+    """How many iterations the budget pays for, and how many prompts each has.
+
+    An iteration that --resume adds with a larger --num_queries is as long as the others were.
+    """
+    num_texts = len({"reference", "other"} & prompts.columns.keys()) + num_samples(config, prompts)
+    cost = 1 if config.bonus == "xpo" else comparisons(num_texts)
+    where, num_iterations = f"--dataset {config.dataset}", config.num_iterations
+    require(cost, f"{where} has no responses to rank: --ranker_candidates must be above 0")
+    labels = config.planned_queries // num_iterations
+    num_prompts, size = labels // cost, len(prompts) // num_iterations
+    few = f"--num_queries {config.planned_queries} pays for no prompt in each of {num_iterations}"
+    require(num_prompts, f"{few} iterations, at {cost} labels a prompt")
+    few = f"{where} has {size} prompts an iteration, and --num_queries needs {num_prompts}"
+    require(num_prompts <= size, few)
+    harness.check_warmup(config, math.ceil(num_prompts / config.batch_size))
+    return num_iterations + (config.num_queries - config.planned_queries) // labels, num_prompts
 
 
-def train(config: Config, oracle: common.Oracle | None = None) -> common.Run:
-    """SELM, round by round; `common.Run` says what is written where."""
-    run, replay, groups = common.Run(config, oracle), common.Replay(), []
-    prompts_of, num_iterations, counts = slices(config, run), config.num_iterations, run.counts
-    snapshot = copy.deepcopy(run.policy)  # the policy at the start of the iteration
-    reference = run.ref_model if config.bonus == "xpo" else snapshot
-    run.parts |= {"snapshot": snapshot, "replay": replay}
-    run.table = ("iteration", *run.table)
+def slice_of(prompts: Batch, t: int, config: Config) -> Batch:
+    """The prompts of iteration t, in file order."""
+    size = len(prompts) // config.num_iterations
+    return prompts.select(torch.arange(size) + t % config.num_iterations * size)
 
-    def pair_loss(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
-        losses, bonus, log_ratios = loss_terms(logps, ref_logps, part, config)
-        if is_offline:
-            return losses
-        run.record(len(part), {"y_log_ratio": log_ratios.mean().item()})
-        return losses + bonus
 
-    for number in run.rounds(lambda *now: own_metrics(config, run, snapshot, groups, now)):
-        rng, t = generator(config.seed, "round", number), run.iteration(num_iterations)
+def forward_kl(task: harness.Task, config: Config, reference: nn.Module) -> dict[str, float]:
+    """forward_kl: KL(reference of the iteration || policy), in nats a response, on samples for the
+    held-out prompts. In expectation the bonus adds -alpha * beta times it to the loss."""
+    rng, options = generator(config.seed, "forward kl"), {"temperature": 1.0}
+    batch = respond(reference, task.tokenizer, task.held_out, 1, rng, config, **options)
+    gaps = frozen_logps(reference, batch, config) - frozen_logps(task.policy, batch, config)
+    return {"forward_kl": gaps.double().mean().item()}
+
+
+def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
+    """SELM, round by round, into --output_dir; the oracle is --reward_model unless one is given."""
+    task = harness.load(config, oracle)
+    policy, oracle, is_xpo = task.policy, task.oracle, config.bonus == "xpo"
+    num_iterations, num_prompts = plan(config, task.prompts)
+    rounds_per_iteration = math.ceil(num_prompts / config.batch_size)
+    snapshot, replay = copy.deepcopy(policy), common.Replay()  # XPO keeps the pairs of all rounds
+    reference = task.ref_model if is_xpo else snapshot
+    optimizer, loss = common.start_optimizer(policy, config), pair_loss(config)
+    parts = {"policy": policy, "optimizer": optimizer, "snapshot": snapshot, "replay": replay}
+    run = harness.Run(config, oracle, parts, harness.Counts(), table=("y_reward", "forward_kl"))
+
+    while True:
+        t, step = divmod(run.round, rounds_per_iteration)
+        if run.evaluation_is_due(oracle.queries, step == 0):
+            run.log(*evaluate(task, config), {"iteration": t} | forward_kl(task, config, reference))
+        if t == num_iterations:
+            break
         # 1. In a new iteration the reference becomes the policy; the prompts are the next slice.
-        if counts["iteration"] == t + 1 and counts["prompts"] == len(prompts_of[t]):
-            t += 1  # its prompts are used up before its labels: equal texts cost none
-            run.save()
-            used_up = f"no prompt is left: --resume with --num_queries {run.oracle.queries}"
-            require(t < num_iterations, used_up)
-        run.prompts = prompts_of[t]
-        if counts["iteration"] < t + 1:
-            snapshot.load_state_dict(run.policy.state_dict())
-            run.restart_optimizer()
-            counts["iteration"], counts["old_pairs"] = t + 1, sum(map(len, replay.parts))
-            for name in ("prompts", "negative_losses", *RANKS):
-                counts[name] = 0
-        labels_left = (t + 1) * config.num_queries / num_iterations - run.oracle.queries
-        num_needed = math.ceil(labels_left / labels_a_prompt(config, run.prompts, t))
-        num_left = len(run.prompts) - counts["prompts"]
-        prompts = run.next_prompts(min(config.batch_size, num_needed, num_left))
+        if step == 0:
+            snapshot.load_state_dict(policy.state_dict())
+            factor = config.learning_rate_factors[min(t, config.num_iterations - 1)]
+            common.restart_optimizer(optimizer, config, factor)
+        start = step * config.batch_size
+        num = min(config.batch_size, num_prompts - start)  # the last round may be smaller
+        prompts = next_prompts(slice_of(task.prompts, t, config), start, num, config.seed)
+        rng = generator(config.seed, "round", run.round)
         # 2. Draw y from it. 3. Find the chosen and the rejected response.
-        is_offline = config.first_iteration == "offline" and t == 0
-        collect = labelled_groups if is_offline or config.bonus == "xpo" else ranked_groups
-        groups[:] = [group for group in collect(config, run, prompts, snapshot, rng) if len(group)]
-        for group in groups:
-            group.ref_logps = frozen_logps(reference, group, config)  # (b, N), once
-        if config.bonus == "xpo" and groups:
-            replay.parts = [common.stacked(replay.parts + groups)]
-            old = torch.randperm(counts["old_pairs"], generator=rng)[: t * len(groups[0])]
-            groups.extend([replay.parts[0].select(old)] if len(old) else [])
+        if is_xpo:
+            batch, rows, picks = xpo_pairs(config, task, snapshot, prompts, rng)
+        else:
+            batch = candidates(config, snapshot, task.tokenizer, prompts, rng)
+            rows, picks = rank(config, oracle, batch, run.round)
+            run.record(y_ranks(picks))
+        run.counts.add_samples(len(prompts) * (2 if is_xpo else num_samples(config, prompts)))
+        pairs = batch.select(rows, picks)
+        run.keep(pairs)
+        pairs.ref_logps = frozen_logps(reference, pairs, config)  # (n, N), once
         # 4. One step on DPO and the bonus.
-        seen = run.learn(groups, pair_loss, config.learning_rate_factors[t])
-        if seen.get("loss", 0.0) < 0:
-            counts["negative_losses"] += 1
-            if counts["negative_losses"] == 1:
-                why = "below zero, the bonus is being exploited (--bonus_floor bounds it)"
-                tqdm.write(f"round {number}: the loss is {why}")
-        if is_offline:
-            groups.clear()  # the metrics show no bonus
-        run.is_milestone = run.iteration(num_iterations) > t
+        if is_xpo:
+            replay.parts.append(pairs)
+            old = [replay.parts[i * rounds_per_iteration + step] for i in range(t)]
+            pairs = common.stacked([pairs, *old])
+        run.record(train_step(policy, optimizer, pairs, loss, config))
+        run.counts.gradient_steps += len(pairs) > 0
+        run.end_round()
+    run.finish(policy, task.tokenizer)
     return run
 
 
 if __name__ == "__main__":
-    common.main(Config, train, __doc__)
+    harness.main(Config, train, __doc__)

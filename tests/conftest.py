@@ -1,4 +1,4 @@
-"""Small models with random weights, in Hugging Face format, for tests that need no skill."""
+"""Small models with random weights, in Hugging Face format, and what several tests need."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from common import Batch
 
@@ -16,20 +16,24 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
 TEXT = "The cat sat on my keyboard again, so the report about Jack reads: aaaaaaa. TL;DR: cats!"
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-             max_position_embeddings=128, bos_token_id=0, eos_token_id=0)  # fmt: skip
+             max_position_embeddings=128, bos_token_id=1, eos_token_id=0)  # fmt: skip
 
 
 def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """It starts a text with a BOS of its own, so that one that should not be there shows."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+        vocab_size=300, special_tokens=["<|endoftext|>", "<|start|>"], initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator([TEXT], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|start|> $A", special_tokens=[("<|start|>", 1)]
+    )
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|start|>"
     )
 
 
@@ -88,8 +92,19 @@ def flags(folder, tmp_path) -> dict:
     return dict(
         model=str(folder / "sft"), dataset=str(folder), reward_model=str(folder / "reward_model"),
         output_dir=str(tmp_path / "run"), num_queries=12, batch_size=4, max_prompt_length=48,
-        max_new_tokens=6, eval_every=4, eval_prompts=5, checkpoint_every=1,
+        max_new_tokens=6, eval_every=4, eval_prompts=5, checkpoint_every=1, warmup_steps=0,
     )  # fmt: skip
+
+
+def rows(path: Path) -> list[dict]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """What two equal runs must share byte for byte."""
+    names = ("metrics.jsonl", "preferences.jsonl", "samples.jsonl", "labels.jsonl")
+    return {name: (folder / name).read_bytes() for name in (*names, "model/model.safetensors")}
 
 
 def make_batch(
