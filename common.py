@@ -2,14 +2,13 @@
 
 Everything is B prompts with N responses each. A prompt and its responses are computed as one
 *packed row*, ``prompt | y_1 | ... | y_N``: a mask lets each response see the prompt and itself
-only, and positions restart after the prompt, so the prompt is computed, and kept in memory, once,
-however many responses hang on it. Nothing here reads a file, prints, or knows which paper runs.
+only, and positions restart after the prompt, so the prompt is computed and kept once however many
+responses hang on it. Nothing here reads a file, prints, or knows which paper runs.
 
-Legend of shapes: B prompts, N responses a prompt, P prompt tokens, R response tokens,
-L response tokens of a packed row, S = P + L, V vocabulary.
-
-Prompts are padded on the left and responses on the right. A mask is 1 on every real token, the
-first and the EOS of a response too, and is never derived from ids: padding may be EOS as well.
+Shapes: B prompts, N responses a prompt, P prompt tokens, R response tokens, L response tokens of a
+packed row, S = P + L, V vocabulary. Prompts are padded on the left, responses on the right. A mask
+is 1 on every real token, a response's first and EOS too; it is never derived from ids, since the
+padding may be EOS as well.
 """
 
 import dataclasses
@@ -40,8 +39,7 @@ def require(condition: Any, message: str) -> None:
 def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
     """The CPU random stream of one purpose and, for instance, one round.
 
-    Each use has a stream of its own, so that no use can shift another, and a run that is resumed
-    in round 7 draws what it would have drawn, without any saved state.
+    No use can shift another, and a run that is resumed in round 7 draws what it would have drawn.
     """
     name = random.Random(repr((seed, purpose, *numbers)))
     return torch.Generator().manual_seed(name.getrandbits(63))
@@ -51,14 +49,13 @@ def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
     """Concatenate `function(rows)` over micro-batches of at most `size` of `count` rows.
 
     Every heavy computation goes through here, so `size` bounds the memory of all of them.
-    `function` takes row numbers and returns a tensor, or a tuple of tensors, with one entry a row;
-    the results come back on the CPU.
+    `function` returns a tensor, or a tuple of tensors, with an entry a row; they come back on the
+    CPU.
     """
     parts = []
     for rows in torch.arange(count).split(size):
         result = function(rows)
-        results = result if isinstance(result, tuple) else (result,)
-        parts.append([tensor.cpu() for tensor in results])
+        parts.append([t.cpu() for t in (result if isinstance(result, tuple) else (result,))])
     columns = [torch.cat(column) for column in zip(*parts)]
     return tuple(columns) if len(columns) > 1 else columns[0]
 
@@ -68,10 +65,10 @@ def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
 
 @dataclass
 class Batch:
-    """B prompts with N responses each; N is 0 before they are sampled. Tensors are on the CPU.
+    """B prompts with N responses each (N = 0 before they are sampled), on the CPU.
 
-    P and R are the same throughout a run: padding stays, so that batches can be joined and indexed
-    like any tensor. Only the forward pass drops it.
+    P and R are the same throughout a run, so batches are joined and indexed like any tensor; the
+    forward pass alone drops the padding.
     """
 
     columns: dict[str, list]  # B values each; "prompt" is the text that the oracle reads
@@ -86,9 +83,7 @@ class Batch:
         return len(self.prompt_ids)
 
     def select(self, rows: Tensor, picks: Tensor | None = None) -> "Batch":
-        """The prompts `rows`, (b,) numbers or (B,) booleans, with all their responses or, of each
-        prompt selected, the responses `picks` (b, n)."""
-        rows = rows.nonzero()[:, 0] if rows.dtype == torch.bool else rows
+        """The prompts `rows` (b,), each with its responses `picks` (b, n), or all of them."""
         if picks is None:
             picks = torch.arange(self.response_ids.shape[1]).expand(len(rows), -1)
         chosen = (rows[:, None], picks)
@@ -105,16 +100,15 @@ class Batch:
 
 def stacked(parts: list[Batch]) -> Batch:
     """The prompts of all parts, one after another, each with its N responses."""
-    joined = {name: sum((p.columns[name] for p in parts), []) for name in parts[0].columns}
-    logps = [part.ref_logps for part in parts]
+    ref_logps = [part.ref_logps for part in parts]
     return Batch(
-        joined,
+        {name: sum((part.columns[name] for part in parts), []) for name in parts[0].columns},
         torch.cat([part.prompt_ids for part in parts]),
         torch.cat([part.prompt_mask for part in parts]),
         sum((part.responses for part in parts), []),
         torch.cat([part.response_ids for part in parts]),
         torch.cat([part.response_mask for part in parts]),
-        None if logps[0] is None else torch.cat(logps),
+        None if ref_logps[0] is None else torch.cat(ref_logps),
     )
 
 
@@ -129,39 +123,26 @@ def beside(parts: list[Batch]) -> Batch:
     )
 
 
-class Replay:
-    """Pairs kept for later steps, a `Batch` a round; checkpoints hold them."""
-
-    def __init__(self) -> None:
-        self.parts: list[Batch] = []
+class Replay(list):
+    """Pairs kept for later steps, a `Batch` a round; a checkpoint holds them."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"parts": [vars(part) for part in self.parts]}
+        return {"parts": [vars(part) for part in self]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.parts = [Batch(**part) for part in state["parts"]]
+        self[:] = [Batch(**part) for part in state["parts"]]
 
 
 def distinct(responses: list[list[str]]) -> Tensor:
-    """True, (B, N), where no earlier response to the same prompt reads the same."""
+    """True, (B, N), where no earlier response to the same prompt reads the same. Of two responses
+    column 1 tells if they are a pair at all: only then can they be compared and trained on."""
     texts = [[text.strip() for text in row] for row in responses]
     return torch.tensor([[row.index(text) == n for n, text in enumerate(row)] for row in texts])
 
 
-def differ(responses: list[list[str]], picks: Tensor | None = None) -> Tensor:
-    """True, (B,), where the two responses `picks` (B, 2), or else the first two, read differently:
-    only then are they a pair, which can be asked about and trained on."""
-    pairs = [(0, 1)] * len(responses) if picks is None else picks.tolist()
-    texts = [(row[a].strip(), row[b].strip()) for row, (a, b) in zip(responses, pairs)]
-    return torch.tensor([a != b for a, b in texts], dtype=torch.bool)
-
-
 def widest_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
-    """The best and the worst distinct response to each prompt, (B, N) -> (B,), (B,).
-
-    Two different numbers wherever a prompt has two distinct responses. Where all rewards are equal,
-    as implicit rewards are while policy = reference, these are its first two.
-    """
+    """The best and the worst distinct response to each prompt, (B, N) -> (B,), (B,); they differ
+    where a prompt has two distinct responses, even if all rewards are equal."""
     best = rewards.masked_fill(~is_distinct, -math.inf).argmax(-1)
     others = is_distinct.scatter(1, best[:, None], False)
     return best, rewards.masked_fill(~others, math.inf).argmin(-1)
@@ -171,10 +152,8 @@ def widest_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack(values: Tensor, mask: Tensor) -> Tensor:
-    """Push each row's real values together, (B, ...) -> (B, L): in order, then zeros.
-
-    `mask`, of the same shape, is 1 on real values; L is the largest number of them in a row.
-    """
+    """Push real values together, row by row, (B, ...) -> (B, L), then zeros. `mask`, of the
+    same shape, is 1 on real values; L is the largest number of them in a row."""
     is_filled = packed_mask(mask)
     packed = values.new_zeros(is_filled.shape)
     packed[is_filled] = values[mask.bool()]
@@ -182,10 +161,8 @@ def pack(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of `pack`: (B, L) -> the shape of `mask`, with zeros where it is 0.
-
-    Further dimensions, as in (B, L, V), stay behind.
-    """
+    """The inverse of `pack`: (B, L) -> the shape of `mask`, with zeros where it is 0. Further
+    dimensions, as in (B, L, V), stay behind."""
     values = packed.new_zeros(*mask.shape, *packed.shape[2:])
     values[mask.bool()] = packed[packed_mask(mask)]
     return values
@@ -197,16 +174,14 @@ def packed_mask(mask: Tensor) -> Tensor:
     return torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
 
 
-# Whose a token of a packed row is: nobody's (padding), the prompt's, or response n's, which is
+# Whose a token of a packed row is: nobody's (0, padding), the prompt's, or response n's, which is
 # FIRST_RESPONSE + n.
-PADDING, PROMPT, FIRST_RESPONSE = 0, 1, 2
+PROMPT, FIRST_RESPONSE = 1, 2
 
 
 def layout(prompt_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Owner and position of each token of packed rows, (B, P), (B, N, R) -> (B, S), (B, S).
-
-    Positions count real tokens and start again after the prompt in every response.
-    """
+    Positions count real tokens and start again after the prompt in every response."""
     responses = torch.arange(mask.shape[1], device=mask.device)[:, None].expand_as(mask)
     steps = torch.arange(mask.shape[2], device=mask.device).expand_as(mask)
     owner = torch.cat([PROMPT * prompt_mask, pack(FIRST_RESPONSE + responses, mask)], dim=1)
@@ -221,15 +196,14 @@ def attention_mask(
     """Who sees whom in packed rows: (B, S), (B, S) -> (B, 1, Q, S), 0 or hugely negative.
 
     A token sees the prompt and its own response, in both up to its own position. Nobody sees
-    padding but padding, which sees itself, so that no row of the softmax is empty. Q is the last
+    padding but padding, which sees itself, so that no softmax is empty. Q is the last
     `num_queries` tokens (all): while decoding, the others are in the cache already.
     """
     start = 0 if num_queries is None else owner.shape[1] - num_queries
     whose, where = owner[:, None, :], position[:, None, :]  # of the keys, (B, 1, S)
     mine, here = owner[:, start:, None], position[:, start:, None]  # of the queries, (B, Q, 1)
     is_visible = ((whose == PROMPT) | (whose == mine)) & (where <= here)  # (B, Q, S)
-    # The lowest bfloat16 number: -inf would become NaN in a sum, and float32's lowest -inf in
-    # bfloat16.
+    # -inf could make NaN of a sum, and float32's lowest number would be -inf in bfloat16.
     hidden = torch.tensor(torch.finfo(torch.bfloat16).min, dtype=dtype, device=owner.device)
     return torch.where(is_visible, torch.zeros_like(hidden), hidden)[:, None]
 
@@ -237,10 +211,8 @@ def attention_mask(
 def packed_row(
     model: nn.Module, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor
 ) -> dict[str, Any]:
-    """Arguments of one forward pass over ``prompt | y_1 | ... | y_N``, real tokens only.
-
-    (B, P), (B, P), (B, N, R), (B, N, R) -> input ids and positions (B, S), mask (B, 1, S, S).
-    """
+    """Arguments of one forward pass over ``prompt | y_1 | ... | y_N``, real tokens only: (B, P),
+    (B, P), (B, N, R), (B, N, R) -> input ids and positions (B, S), mask (B, 1, S, S)."""
     is_used = prompt_mask.any(0)  # (P,): columns that are padding in every row go
     prompt_ids, prompt_mask = prompt_ids[:, is_used], prompt_mask[:, is_used]
     owner, position = (tensor.to(model.device) for tensor in layout(prompt_mask, mask))
@@ -253,11 +225,8 @@ def packed_row(
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 products on a GPU, over weights that stay float32.
-
-    At a learning rate of 5e-7 a bfloat16 weight would never move: its spacing is far wider than
-    the update.
-    """
+    """bfloat16 products on a GPU over weights that stay float32: at a learning rate of 5e-7 a
+    bfloat16 weight would never move, since its spacing is far wider than the update."""
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
@@ -267,8 +236,8 @@ def autocast(device: torch.device) -> torch.autocast:
 def token_logps(model: nn.Module, batch: Batch) -> Tensor:
     """log pi(y_t | x, y_<t) of every response token, (B, N, R) in float32, 0 at padding.
 
-    Each response is read from the prompt's last token on, a copy of which stands before it, so that
-    y_1 is predicted like any other token. ValueError if a response has no token.
+    Each response is read behind a copy of the prompt's last token, so that y_1 is predicted like
+    any other token. ValueError if a response has no token.
     """
     if not batch.response_mask.any(-1).all():
         raise ValueError("a response without a token: even an empty text has its EOS")
@@ -309,8 +278,7 @@ class PackedDecoder:
     """Next-token logits of N responses a prompt, on one key/value cache a prompt.
 
     The prompt fills the cache once; each step then feeds the newest tokens of a prompt's open
-    responses as one row of queries. No cache is copied N times, and a response that has ended costs
-    nothing more.
+    responses as one row of queries. A response that has ended costs nothing more.
     """
 
     def __init__(self, model: nn.Module, prompts: Batch) -> None:
@@ -350,9 +318,7 @@ class PackedDecoder:
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
     """Invert each cumulative distribution at `uniforms` in [0, 1): (B, N, V), (B, N) -> (B, N).
-
-    Temperature 0 takes the likeliest token.
-    """
+    Temperature 0 takes the likeliest token."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (B, N, V)
@@ -361,75 +327,61 @@ def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tenso
 
 
 def eos_ids(model: nn.Module, tokenizer: Any) -> Tensor:
-    """Every id that ends a response: the tokenizer's and those of the model's generation config,
-    which may be a list (chat models end a turn and a text with different tokens)."""
+    """Every id that ends a response: the tokenizer's, and the generation config's one or several
+    (chat models end a turn and a text with different tokens)."""
     ids = model.generation_config.eos_token_id
-    ids = ids if isinstance(ids, list) else [ids]
-    ids = {tokenizer.eos_token_id, *ids} - {None}
+    ids = {tokenizer.eos_token_id, *(ids if isinstance(ids, list) else [ids])} - {None}
     return torch.tensor(sorted(ids), device=model.device)
 
 
 @torch.no_grad()
 def generate(
-    next_logits: Callable[[Tensor, Tensor], Tensor],
-    prompts: Batch,
-    uniforms: Tensor,
-    eos: Tensor,
-    temperature: float,
+    next_logits: Callable, prompts: Batch, uniforms: Tensor, eos: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Ids and mask, (B, N, R) each, of responses drawn from `next_logits`, a `PackedDecoder`.
 
-    `uniforms` (B, N, R), drawn up front, has one number for each token that may come: neither early
-    ends nor micro-batches nor the device can shift the stream. A response ends with the first id of
-    `eos`, which it keeps; one that is cut off at R tokens has none.
+    `uniforms` (B, N, R), drawn up front, has a number for each token that may come: neither early
+    ends nor micro-batches nor the device shift the stream. A response keeps the id of `eos` that
+    ends it; one that is cut off at R tokens has none.
     """
-    device = eos.device
-    uniforms = uniforms.to(device)
+    uniforms = uniforms.to(eos.device)
     ids = eos[0].expand(uniforms.shape).clone()  # (B, N, R)
     mask = torch.zeros_like(ids)
     is_open = torch.ones_like(ids[..., 0], dtype=torch.bool)  # (B, N)
-    tokens = prompts.prompt_ids[:, -1:].to(device).expand(is_open.shape)  # (B, N)
-    with autocast(device):  # one context for all steps: each new one casts all weights again
-        for t in range(uniforms.shape[-1]):
-            logits = next_logits(tokens, is_open)  # (B, N, V)
-            tokens = sample_tokens(logits, uniforms[..., t], temperature)  # (B, N)
-            ids[..., t] = torch.where(is_open, tokens, ids[..., t])
-            mask[..., t] = is_open
-            is_open = is_open & ~torch.isin(tokens, eos)
-            if not is_open.any():
-                break
+    tokens = prompts.prompt_ids[:, -1:].to(eos.device).expand(is_open.shape)  # (B, N)
+    for t in range(uniforms.shape[-1]):
+        logits = next_logits(tokens, is_open)  # (B, N, V)
+        tokens = sample_tokens(logits, uniforms[..., t], temperature)  # (B, N)
+        ids[..., t] = torch.where(is_open, tokens, ids[..., t])
+        mask[..., t] = is_open
+        is_open = is_open & ~torch.isin(tokens, eos)
+        if not is_open.any():
+            break
     return ids, mask
 
 
 def with_responses(prompts: Batch, ids: Tensor, mask: Tensor, tokenizer: Any) -> Batch:
     """The prompts with these responses (B, N, R), and their texts."""
-    lengths = mask.sum(-1).flatten().tolist()
-    tokens = [row[:length] for row, length in zip(ids.flatten(0, 1).tolist(), lengths)]
-    texts = iter(tokenizer.batch_decode(tokens, skip_special_tokens=True))
-    texts = [[next(texts) for _ in range(ids.shape[1])] for _ in range(len(prompts))]
-    sampled = {"responses": texts, "response_ids": ids, "response_mask": mask}
-    return dataclasses.replace(prompts, **sampled, ref_logps=None)
+    lengths, rows = mask.sum(-1).flatten().tolist(), ids.flatten(0, 1).tolist()
+    tokens = [row[:length] for row, length in zip(rows, lengths)]
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    texts = [texts[n : n + ids.shape[1]] for n in range(0, len(texts), ids.shape[1])]
+    return dataclasses.replace(prompts, responses=texts, response_ids=ids, response_mask=mask)
 
 
 def respond(
-    model: nn.Module,
-    tokenizer: Any,
-    prompts: Batch,
-    num_responses: int,
-    rng: torch.Generator,
-    config: "Config",
-    temperature: float | None = None,
-    decoder: Callable[[nn.Module, Batch], Callable] = PackedDecoder,
-) -> Batch:
-    """The prompts with N responses each, sampled at --temperature unless another one is given."""
+    model: nn.Module, tokenizer: Any, prompts: Batch, num: int, rng: torch.Generator,
+    config: "Config", temperature: float | None = None, decoder: Callable = PackedDecoder,
+) -> Batch:  # fmt: skip
+    """The prompts with N = `num` responses each, at --temperature unless another one is given."""
     temperature = config.temperature if temperature is None else temperature
-    uniforms = torch.rand(len(prompts), num_responses, config.max_new_tokens, generator=rng)
+    uniforms = torch.rand(len(prompts), num, config.max_new_tokens, generator=rng)
     eos = eos_ids(model, tokenizer)
 
     @torch.no_grad()
     def sample(rows: Tensor) -> tuple[Tensor, Tensor]:
         part = prompts.select(rows)
-        with autocast(model.device):
+        with autocast(model.device):  # one for all steps: each new one casts all weights again
             return generate(decoder(model, part), part, uniforms[rows], eos, temperature)
 
     ids, mask = in_parts(sample, len(prompts), config.micro_batch_size)
@@ -448,26 +400,21 @@ def margin(logps: Tensor, ref_logps: Tensor) -> Tensor:
 def dpo(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     """DPO loss, Eq. 7 of arXiv:2305.18290v3: -log sigmoid(beta * margin), (B, N) -> (B,).
 
-    `logps` are sums over tokens. At policy = reference the loss is log 2 = 0.6931 for any pair:
-    that is where it starts, not a bug, and its gradient there is not zero. Only the margin counts,
-    so the implicit rewards of both responses may fall together.
+    `logps` are sums over tokens. At policy = reference the loss is log 2 = 0.6931 for any pair,
+    not a bug, and its gradient is not zero. Only the margin counts: both rewards may fall.
     """
     return -F.logsigmoid(beta * margin(logps, ref_logps))  # Eq. 7
 
 
 def ipo(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """IPO loss, Eq. 17 of arXiv:2310.12036v2: (margin - 1 / (2 beta))^2, (B, N) -> (B,).
-
-    SEA feeds it means over tokens, of both models, so that the margin is a gap a token.
-    """
+    """IPO loss, Eq. 17 of arXiv:2310.12036v2: (margin - 1 / (2 beta))^2, (B, N) -> (B,). SEA feeds
+    it means over tokens, of both models, so that the margin is a gap a token."""
     return (margin(logps, ref_logps) - 1 / (2 * beta)).square()  # Eq. 17
 
 
 def slic(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """SLiC as SEA has it: max(0, 1 - beta * margin), (B, N) -> (B,), `logps` sums over tokens.
-
-    With the reference, and without the cross-entropy term of the original (arXiv:2305.10425).
-    """
+    """SLiC as SEA has it: max(0, 1 - beta * margin), (B, N) -> (B,), `logps` sums over tokens; with
+    the reference, and without the cross-entropy term of the original (arXiv:2305.10425)."""
     return F.relu(1 - beta * margin(logps, ref_logps))
 
 
@@ -476,37 +423,27 @@ def slic(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 
 def start_optimizer(policy: nn.Module, config: "Config") -> torch.optim.AdamW:
     """AdamW before its first step; `train_step` warms it up."""
-    fused = policy.device.type == "cuda"
-    options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": fused}
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, **options)
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": policy.device.type == "cuda"}
+    optimizer = torch.optim.AdamW(policy.parameters(), **options)
     restart_optimizer(optimizer, config)
     return optimizer
 
 
-def restart_optimizer(
-    optimizer: torch.optim.Optimizer, config: "Config", factor: float = 1.0
-) -> None:
-    """A fresh state and a new warm-up, up to `factor` times --learning_rate.
-
-    Both numbers are in the optimiser's own state_dict, so a checkpoint needs nothing else.
-    """
+def restart_optimizer(optimizer: Any, config: "Config", factor: float = 1.0) -> None:
+    """A fresh state and a new warm-up, up to `factor` times --learning_rate; the optimiser's own
+    state_dict keeps both."""
     optimizer.state.clear()
     optimizer.param_groups[0].update(peak=config.learning_rate * factor, num_steps=0)
 
 
 def train_step(
-    policy: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    pairs: Batch,
-    pair_loss: Callable[[Tensor, Tensor, Batch], Tensor],
-    config: "Config",
+    policy: nn.Module, optimizer: Any, pairs: Batch, pair_loss: Callable, config: "Config"
 ) -> dict[str, float]:
     """One step on the mean over all pairs of `pair_loss(logps, ref_logps, part)`; what it saw.
 
     `pairs` have the chosen response first, the rejected second, perhaps a third, y; and their
-    `ref_logps`. The gradient does not depend on the micro-batch size. UserError, before a weight
-    moves, if a number is not finite. Train mode, since gradient checkpointing is silently off in
-    eval mode; dropout is 0.
+    `ref_logps`. UserError, before a weight moves, if a number is not finite. Train mode, since
+    gradient checkpointing is silently off in eval mode; dropout is 0.
     """
     if not len(pairs):
         return {}

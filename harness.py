@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -75,10 +74,9 @@ class Config:
     # --num_queries when the run began: a raised budget does not change an iteration's length.
     planned_queries: int | None = field(default=None, init=False)
 
-    script = "run"  # with `arm`, the name of the default folder
+    script, arm = "run", "labels"  # the default folder is named after the script and this flag
     may_be_zero = ("seed", "learning_rate", "warmup_steps")  # every other number is above 0
-    free = ("output_dir", "resume", "overwrite", "debug")  # not what the run is
-    unnamed = (*free, "seed", "device", "planned_queries")  # not in the folder's name
+    unnamed = ("output_dir", "resume", "overwrite", "debug", "seed", "device", "planned_queries")
 
     def __post_init__(self) -> None:
         require(self.resume is None or not self.overwrite, "--resume excludes --overwrite")
@@ -90,139 +88,104 @@ class Config:
         self.planned_queries = self.planned_queries or self.num_queries
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.resolve()
         for name, value in vars(self).items():
             if type(value) in (int, float):
                 least = "at least" if name in self.may_be_zero else "above"
                 is_right = 0 < value < math.inf or (value == 0 and least == "at least")
                 require(is_right, f"--{name} must be {least} 0 and finite, not {value}")
-        self.check()
-
-    def resolve(self) -> None:
-        """Set the script's own flags that are None by default and depend on others."""
-
-    def check(self) -> None:
-        """UserError where the script's own flags contradict each other."""
-
-    def arm(self) -> str:
-        """The name of the experiment, from flags that the folder's name need not repeat."""
-        return ""
 
     def default_folder(self) -> str:
         """runs/SCRIPT-ARM-FLAGS-SEED, with the flags that differ from their defaults."""
-        words = [self.script, self.arm()]
+        words = [self.script, getattr(self, self.arm)]
         for known in dataclasses.fields(self):
             value = getattr(self, known.name)
-            if value != known.default and known.name not in self.unnamed:
+            if value != known.default and known.name not in (self.arm, *self.unnamed):
                 words.append(known.name + "=" + re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)))
-        return "runs/" + "-".join([word for word in words if word] + [str(self.seed)])
+        return "runs/" + "-".join([*words, str(self.seed)])
 
     def take_saved_flags(self) -> None:
-        """Take the flags of the run in --output_dir; only --num_queries may differ, and be larger.
-
-        A flag that was not given cannot be told from one that was given its default.
-        """
+        """Take the flags of the run in --output_dir. A flag that was not given cannot be told from
+        one that was given its default; any other must equal the run's, but for --num_queries."""
         path = Path(self.output_dir).expanduser() / "config.json"
         require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
         saved = json.loads(path.read_text())["flags"]
-        for known in dataclasses.fields(self):
+        for known in [f for f in dataclasses.fields(self) if f.name not in self.unnamed[:4]]:
             given, old = getattr(self, known.name), saved[known.name]
-            if known.name in self.free:
-                continue
             if given == known.default:
                 setattr(self, known.name, old)
             elif known.name != "num_queries":
                 require(given == old, f"--resume: the run has --{known.name} {old}, not {given}")
-        few = f"--resume: the run has --num_queries {saved['num_queries']}, which can be raised only"
-        require(self.num_queries >= saved["num_queries"], few)
+        least = saved["num_queries"]
+        require(self.num_queries >= least, f"--resume: --num_queries {least} can only be raised")
 
 
 # ---------------------------------------------------------------- models
 
 
-def local_path(name: str, flag_name: str) -> str | None:
-    """The path that a name stands for (it starts with . / ~, or exists), None for a hub id."""
-    path = os.path.expanduser(name)
-    if not name.startswith((".", "/", "~")) and not os.path.exists(path):
-        return None
-    require(os.path.exists(path), f"--{flag_name} {name}: nothing there, from {os.getcwd()}")
-    return path
+def is_path(name: str) -> bool:
+    """True for a path (starts with . / ~, or exists), which never asks the hub; False for an id."""
+    return name.startswith((".", "/", "~")) or os.path.exists(name)
 
 
 def load_pretrained(auto_class: Any, name: str, flag_name: str, **options: Any) -> Any:
-    """`from_pretrained` without dropout, remote code or missing weights; a path never asks the hub.
-
-    A tokenizer without padding pads with its EOS.
-    """
+    """`from_pretrained` without dropout, remote code or missing weights."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    path = local_path(name, flag_name)
-    options |= {"local_files_only": path is not None, "trust_remote_code": False}
+    options |= {"local_files_only": is_path(name), "trust_remote_code": False}
+    path = os.path.expanduser(name)
     if auto_class is transformers.AutoTokenizer:
-        tokenizer = auto_class.from_pretrained(path or name, **options)
+        tokenizer = auto_class.from_pretrained(path, **options)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         return tokenizer
-    settings = transformers.AutoConfig.from_pretrained(path or name, **options)
+    settings = transformers.AutoConfig.from_pretrained(path, **options)
     for key in [key for key in vars(settings) if "drop" in key]:
         setattr(settings, key, 0.0)
     options |= {"config": settings, "output_loading_info": True}
-    model, info = auto_class.from_pretrained(path or name, **options)
+    model, info = auto_class.from_pretrained(path, **options)
     # A causal model loaded as a reward model would get a random head, and only a warning.
     missing = ", ".join(sorted(info["missing_keys"])[:3])
     require(not missing, f"--{flag_name} {name} lacks weights that its use here needs: {missing}")
     return model.eval()
 
 
-def check_model(model: nn.Module, where: str, config: Config) -> None:
-    """UserError if a model's context is too short, or if it misreads packed rows.
-
-    One padded prompt with two responses, at full length, is computed packed and plain: positions
-    that cannot restart, ALiBi, sliding windows and ignored masks all show.
-    """
-    num_prompt, num_new = config.max_prompt_length, config.max_new_tokens
+def check_model(
+    model: nn.Module, tokenizer: Any, policy_tokenizer: Any, where: str, config: Config
+) -> None:
+    """UserError for another vocabulary than the policy's, too short a context, or packed rows that
+    are misread: a response must come out the same with another one in the row as without it. ALiBi,
+    sliding windows, ignored masks and positions that cannot restart all show."""
+    is_same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
+    require(is_same, f"{where} has another vocabulary than --model")
+    length = config.max_prompt_length + config.max_new_tokens
     context = getattr(model.config, "max_position_embeddings", math.inf)
-    lengths = f"--max_prompt_length + --max_new_tokens = {num_prompt + num_new}"
-    is_enough = context >= num_prompt + num_new
-    require(is_enough, f"{where} reads {context} tokens, fewer than {lengths}")
-
-    rng, size = generator(0, "packing"), model.get_input_embeddings().num_embeddings
-    prompt = torch.randint(size, (1, num_prompt), generator=rng)
-    responses = torch.randint(size, (1, 2, num_new), generator=rng)
-    plain_rows = torch.cat([prompt.expand(2, -1), responses[0]], dim=1).to(model.device)
-    padded, mask = F.pad(prompt, (1, 0)), F.pad(torch.ones_like(prompt), (1, 0))
-    row = common.packed_row(model, padded, mask, responses, torch.ones_like(responses))
-    with torch.no_grad():
-        plain = model(plain_rows)[0][:, num_prompt:].flatten(0, 1)  # (2 R, V or D)
-        try:
-            packed = model(**row)[0][0, num_prompt:]
-        except (TypeError, ValueError, RuntimeError, IndexError):
-            raise UserError(f"{where} cannot read packed rows (common.packed_row)") from None
-    error = ((packed - plain).abs().max() / plain.std()).item()
+    wrong = f"{where} reads {context} tokens, fewer than --max_prompt_length + --max_new_tokens"
+    require(context >= length, f"{wrong} = {length}")
+    rng, num = generator(0, "packing"), model.get_input_embeddings().num_embeddings
+    prompt = torch.randint(num, (1, config.max_prompt_length), generator=rng)
+    responses = torch.randint(num, (1, 2, config.max_new_tokens), generator=rng)
+    outputs = []
+    for ids in (responses, responses[:, 1:]):  # two responses in the row, then the second alone
+        masks = torch.ones_like(prompt), torch.ones_like(ids)
+        with torch.no_grad():
+            row = common.packed_row(model, prompt, masks[0], ids, masks[1])
+            outputs.append(model(**row)[0][0, -config.max_new_tokens :])  # (R, V or D)
+    error = ((outputs[0] - outputs[1]).abs().max() / outputs[1].std()).item()
     require(error < 1e-3, f"{where} misreads packed rows, by {error:.2g} standard deviations")
 
 
 def load_policies(config: Config) -> tuple[Any, Any, Any]:
-    """Policy, reference and tokenizer.
-
-    Both models are float32 and run alike: in another precision, or even with requires_grad off,
-    which picks other kernels, log-ratios would not start at 0. Nothing ever steps the reference.
-    """
+    """Policy, reference and tokenizer. Both models are float32 and run alike: in another precision,
+    or even with requires_grad off, which picks other kernels, log-ratios would not start at 0."""
     tokenizers, models = [], []
     for flag_name, name in (("model", config.model), ("ref_model", config.ref_model)):
         where, auto_class = f"--{flag_name} {name}", transformers.AutoModelForCausalLM
         tokenizers.append(load_pretrained(transformers.AutoTokenizer, name, flag_name))
         models.append(load_pretrained(auto_class, name, flag_name, dtype=torch.float32))
         require(tokenizers[-1].eos_token_id is not None, f"{where}: its tokenizer has no EOS token")
-        require_same_vocabulary(tokenizers[-1], tokenizers[0], where)
-        check_model(models[-1].to(config.device), where, config)
+        check_model(models[-1].to(config.device), tokenizers[-1], tokenizers[0], where, config)
     if config.gradient_checkpointing:
         models[0].gradient_checkpointing_enable()
     return models[0], models[1], tokenizers[0]
-
-
-def require_same_vocabulary(tokenizer: Any, policy_tokenizer: Any, where: str) -> None:
-    is_same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-    require(is_same, f"{where} has another vocabulary than --model")
 
 
 # ---------------------------------------------------------------- prompts
@@ -234,87 +197,71 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    where, path = f"--dataset {config.dataset}", local_path(config.dataset, "dataset")
-    name, options = path or config.dataset, {}
+    name, options = os.path.expanduser(config.dataset), {}
+    is_missing = is_path(config.dataset) and not os.path.exists(name)
+    require(not is_missing, f"--dataset {config.dataset}: nothing there, from {os.getcwd()}")
     if os.path.isfile(name):
         name, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
     splits = dict(datasets.load_dataset(name, **options))
     train = splits.pop("train", None) or splits.popitem()[1]
     held_out = splits.get("test") or splits.get("validation")
     if not held_out:
-        require(len(train) > 1, f"{where} has one row; one to train on and one held out are needed")
+        few = f"--dataset {config.dataset} has one row: nothing is left to hold out"
+        require(len(train) > 1, few)
         size = len(train) - min(config.eval_prompts, len(train) // 2)
         held_out, train = train.select(range(size, len(train))), train.select(range(size))
-    held_out = tokenise_prompts(read_columns(held_out, config), config, tokenizer)
+    held_out = tokenise_prompts(held_out, config, tokenizer)
     held_out = held_out.select(torch.arange(min(config.eval_prompts, len(held_out))))
-    return tokenise_prompts(read_columns(train, config), config, tokenizer), held_out
-
-
-def read_columns(rows: Any, config: Config) -> dict[str, list]:
-    """The columns of a data set that are used, under the names by which the code knows them.
-
-    Only these, since a checkpoint holds them: a column of dates could not be loaded again.
-    """
-    columns = {}
-    for name in ("prompt", "reference", "other"):
-        flag_name = f"{name}_column"
-        wanted, default = (getattr(c, flag_name, name) for c in (config, type(config)))
-        if wanted in rows.column_names:
-            columns[name] = rows[wanted][:]
-        is_needed = name == "prompt" or wanted != default
-        listed = f"--{flag_name} {wanted}, but {', '.join(rows.column_names)}"
-        wrong = f"--dataset {config.dataset} has no {listed}"
-        require(name in columns or not is_needed, wrong)
-    known = [name for name in ("facts", "wrong_facts") if name in rows.column_names]
-    return columns | {name: rows[name][:] for name in known}
+    return tokenise_prompts(train, config, tokenizer), held_out
 
 
 def last_text(value: Any, role: str) -> Any:
     """A text as it is; of a list of chat messages, the last one of that role."""
     if not isinstance(value, list):
         return value
-    texts = [turn["content"] for turn in value if turn.get("role") == role]
-    return texts[-1] if texts else None
+    return ([None] + [turn["content"] for turn in value if turn.get("role") == role])[-1]
 
 
-def tokenise_prompts(columns: dict[str, list], config: Config, tokenizer: Any) -> Batch:
-    """Rows of a data set as a `Batch` without responses, padded to the longest prompt.
-
-    Rows whose prompt has more than --max_prompt_length tokens are dropped, with a count. A prompt
-    may be a list of chat messages where the model has a template; the oracle reads its last user
-    turn.
-    """
-    where, is_chat, chats = f"--dataset {config.dataset}", tokenizer.chat_template, columns["prompt"]
+def read_columns(rows: Any, config: Config) -> dict[str, list]:
+    """The columns that are used, by the names that the code gives them, and no others: a checkpoint
+    holds them, and a column of dates could not be loaded again."""
+    known, where = rows.column_names, f"--dataset {config.dataset}"
+    columns = {name: rows[name][:] for name in ("facts", "wrong_facts") if name in known}
     for name, role in (("prompt", "user"), ("reference", "assistant"), ("other", "assistant")):
-        columns[name] = texts = [last_text(value, role) for value in columns.get(name, [])]
-        for row, text in enumerate(texts):
-            is_text = isinstance(text, str) and text.strip()
-            require(is_text, f"{where}: the {name} of row {row} is empty, or not text")
-    columns, prompts = {name: texts for name, texts in columns.items() if texts}, columns["prompt"]
+        wanted, default = (getattr(c, f"{name}_column", name) for c in (config, type(config)))
+        if wanted in known:
+            columns[name] = [last_text(value, role) for value in rows[wanted][:]]
+            for row, text in enumerate(columns[name]):
+                is_text = isinstance(text, str) and text.strip()
+                require(is_text, f"{where}: the {wanted} of row {row} is empty, or not text")
+        elif name == "prompt" or wanted != default:
+            raise UserError(f"{where} has no --{name}_column {wanted}, but {', '.join(known)}")
+    return columns
+
+
+def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
+    """Rows of a data set as a `Batch` without responses, padded to the longest prompt; too long
+    ones are dropped, with a count. A prompt may be a list of chat messages where the model has a
+    template; the oracle reads its last user turn."""
+    columns, where = read_columns(rows, config), f"--dataset {config.dataset}"
+    is_chat, chats = bool(tokenizer.chat_template), rows[config.prompt_column][:]
     is_plain = all(isinstance(chat, str) for chat in chats)
     require(is_chat or is_plain, f"{where} has chat messages, but --model has no chat template")
     if is_chat:
         chats = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in chats]
-        prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(prompts, add_special_tokens=not is_chat)["input_ids"] if prompts else []
+        chats = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(chats, add_special_tokens=not is_chat)["input_ids"]
     kept = [row for row, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_length]
     limit = f"--max_prompt_length {config.max_prompt_length}"
     require(kept, f"{where} has no prompt of at most {limit} tokens")
     if len(kept) < len(ids):
         print(f"{where}: {len(ids) - len(kept)} of {len(ids)} prompts exceed {limit}: dropped")
     columns = {name: [values[row] for row in kept] for name, values in columns.items()}
-    rows = {"input_ids": [ids[row] for row in kept]}
-    rows = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
+    padded = {"input_ids": [ids[row] for row in kept]}
+    padded = tokenizer.pad(padded, padding_side="left", return_tensors="pt")
     none = torch.zeros(len(kept), 0, config.max_new_tokens, dtype=torch.long)  # (B, N = 0, R)
-    return Batch(
-        columns, rows["input_ids"], rows["attention_mask"], [[] for _ in kept], none, none
-    )
-
-
-def check_warmup(config: Config, num_steps: int) -> None:
-    """UserError if an iteration of so many gradient steps never reaches the full rate."""
-    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has {num_steps} steps"
-    require(config.warmup_steps < num_steps, f"{wrong}, of which some must come after it")
+    tensors = padded["input_ids"], padded["attention_mask"]
+    return Batch(columns, *tensors, [[] for _ in kept], none, none)
 
 
 def next_prompts(prompts: Batch, start: int, count: int, seed: int) -> Batch:
@@ -367,17 +314,14 @@ class Oracle:
         for row in map(json.loads, lines[num_used:]):
             self.bought[row["prompt"], *row["texts"]].append(row)
 
-    def ask(
-        self, prompts: list[str], texts: list[list[str]], costs: list[int], answer: Callable
-    ) -> list[dict[str, Any]]:
-        """One row of labels.jsonl a question, `answer(i, rewards)` where it was not bought yet."""
-        questions, start = list(zip(prompts, texts)), self.queries
-        rows = [(self.bought.get((x, *y)) or [None]).pop(0) for x, y in questions]
+    def ask(self, prompts: list, texts: list, costs: list[int], answer: Callable) -> list[dict]:
+        """A row of labels.jsonl a question: bought, or else new, by `answer(i, rewards)`."""
+        start, rows = self.queries, []
+        rows = [(self.bought.get((x, *y)) or [None]).pop(0) for x, y in zip(prompts, texts)]
         new = [i for i, row in enumerate(rows) if row is None]
         for part in [new[n : n + self.block_size] for n in range(0, len(new), self.block_size)]:
-            rewards = [None] * len(part)
-            if self.can_score():
-                rewards = self.score([prompts[i] for i in part], [texts[i] for i in part])
+            questions = [prompts[i] for i in part], [texts[i] for i in part]
+            rewards = self.score(*questions) if self.can_score() else [None] * len(part)
             for i, reward in zip(part, rewards):
                 self.queries = start + sum(costs[:i])  # the number of the label names its coin
                 known = None if reward is None else reward.tolist()
@@ -401,15 +345,10 @@ class Oracle:
         rewards = torch.tensor([row["rewards"] for row in rows]) if self.can_score() else None
         return torch.tensor([row["answer"] for row in rows], dtype=torch.bool), rewards
 
-    def rank(
-        self, prompts: list[str], texts: list[list[str]], noise: Tensor, costs: list[int]
-    ) -> Tensor:
+    def rank(self, prompts: list, texts: list, noise: Tensor, costs: list[int]) -> Tensor:
         """Scores (B, N) plus `noise` (B, N), by which texts are ranked, at `costs` labels each."""
-
-        def answer(i: int, reward: Tensor | None) -> list[float]:
-            return (reward + noise[i]).tolist()
-
-        return torch.tensor([row["answer"] for row in self.ask(prompts, texts, costs, answer)])
+        rows = self.ask(prompts, texts, costs, lambda i, reward: (reward + noise[i]).tolist())
+        return torch.tensor([row["answer"] for row in rows])
 
 
 class RewardModelOracle(Oracle):
@@ -435,18 +374,15 @@ class RewardModelOracle(Oracle):
             chats = [[{"role": r, "content": text} for r, text in zip(roles, p)] for p in pairs]
             texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
         ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
-        context = getattr(self.model.config, "max_position_embeddings", math.inf)
-        longest = max(map(len, ids))
+        context, longest = self.model.config.max_position_embeddings, max(map(len, ids))
         require(longest <= context, f"the oracle reads {context} tokens, not {longest}")
-        by_length = torch.tensor([len(row) for row in ids]).argsort(stable=True)
 
         def rewards(rows: Tensor) -> Tensor:
-            batch = {"input_ids": [ids[i] for i in by_length[rows]]}
+            batch = {"input_ids": [ids[i] for i in rows]}
             batch = self.tokenizer.pad(batch, padding_side="right", return_tensors="pt")
             return self.model(**batch.to(self.model.device)).logits[:, 0].float()
 
-        sorted_rewards = in_parts(rewards, len(ids), self.config.micro_batch_size)
-        values = torch.empty(len(ids)).index_copy(0, by_length, sorted_rewards)
+        values = in_parts(rewards, len(ids), self.config.micro_batch_size)
         require(values.isfinite().all(), "the oracle's reward is not finite")
         return values.view(len(prompts), -1)
 
@@ -517,30 +453,31 @@ def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str,
     batch = common.respond(policy, tokenizer, task.held_out, 1, rng, config, temperature=1.0)
     logps, ref_logps = (frozen_logps(m, batch, config) for m in (policy, task.ref_model))  # (B, 1)
     kl, columns = (logps - ref_logps).double().mean().item(), batch.columns
-    is_whole = torch.isin(batch.response_ids[:, 0, -1], common.eos_ids(policy, tokenizer).cpu())
-    is_cut = batch.response_mask[:, 0, -1].bool() & ~is_whole
-    rows = zip(columns["prompt"], columns["baseline"], batch.responses)
-    samples = [{"prompt": x, "baseline": z, "response": y[0]} for x, z, y in rows]
+    is_whole = torch.isin(batch.response_ids[..., -1], common.eos_ids(policy, tokenizer).cpu())
+    is_cut = batch.response_mask[..., -1].bool() & ~is_whole  # (B, 1)
+    rows = zip(columns["prompt"], columns["reference"], batch.responses)
+    samples = [{"prompt": x, "reference": z, "response": y[0]} for x, z, y in rows]
     metrics = {"compared_with": columns["compared_with"][0]}
     if task.oracle.can_score():
         rewards = task.oracle.score(columns["prompt"], batch.responses)[:, 0]  # (B,)
-        reward = rewards.double().mean().item()
-        metrics |= win_metrics(rewards, torch.tensor(columns["baseline_reward"]))
-        metrics |= {"reward": reward, "objective": reward - config.beta * kl}
+        metrics |= win_metrics(rewards, torch.tensor(columns["reference_reward"]))
+        metrics["reward"] = reward = rewards.double().mean().item()
+        metrics["objective"] = reward - config.beta * kl
         samples = [row | {"reward": r} for row, r in zip(samples, rewards.tolist())]
     if "facts" in columns:
         facts = zip(samples, columns["facts"], columns["wrong_facts"])
         samples = [row | {"gold": gold_score(row["response"], *kinds)} for row, *kinds in facts]
         metrics["gold"] = sum(row["gold"] for row in samples) / len(samples)
-    length = batch.response_mask.sum(-1).double().mean().item()
-    return metrics | {"kl": kl, "length": length, "truncated": is_cut.double().mean().item()}, samples
+    metrics |= {"kl": kl, "length": batch.response_mask.sum(-1).double().mean().item()}
+    return metrics | {"truncated": is_cut.double().mean().item()}, samples
 
 
 # ---------------------------------------------------------------- a run and its folder
 
 
 def load(config: Config, oracle: Oracle | None) -> Task:
-    """Load what a run needs, and say what it is."""
+    """Load what a run needs, and say what it is. Without references in the data set, samples of the
+    initial policy stand in."""
     folder = Path(config.output_dir).expanduser()
     is_free = config.resume is not None or config.overwrite or not (folder / "config.json").exists()
     ways = f"--overwrite it, continue it with --resume {folder}, or name another --output_dir"
@@ -548,31 +485,27 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else 1 GB of CPU kernels
     policy, ref_model, tokenizer = load_policies(config)
     prompts, held_out = load_prompts(config, tokenizer)
+    judge = config.reward_model if oracle is None else type(oracle).__name__
     oracle = oracle or RewardModelOracle(config)
-    compared_with = "reference" if "reference" in held_out.columns else "initial policy"
-    baseline = held_out.columns.get("reference")
-    if baseline is None:
-        rng = generator(config.seed, "baseline")
+    columns, compared_with = held_out.columns, "reference"
+    if "reference" not in columns:
+        compared_with, rng = "initial policy", generator(config.seed, "baseline")
         batch = common.respond(policy, tokenizer, held_out, 1, rng, config, temperature=1.0)
-        baseline = [row[0] for row in batch.responses]
-    held_out.columns |= {"baseline": baseline, "compared_with": [compared_with] * len(held_out)}
+        columns["reference"] = [row[0] for row in batch.responses]
+    columns["compared_with"] = [compared_with] * len(held_out)
     if oracle.can_score():
-        rewards = oracle.score(held_out.columns["prompt"], [[text] for text in baseline])[:, 0]
-        held_out.columns["baseline_reward"] = rewards.tolist()
-    size = sum(weight.numel() for weight in policy.parameters())
-    is_own = type(oracle) is not RewardModelOracle
-    judge = type(oracle).__name__ if is_own else config.reward_model
+        references = [[text] for text in columns["reference"]]
+        columns["reference_reward"] = oracle.score(columns["prompt"], references)[:, 0].tolist()
     limits = f"at most {config.max_prompt_length} tokens, responses at most {config.max_new_tokens}"
-    print(f"policy     {config.model}, {size:,} weights; reference {config.ref_model}")
+    print(f"policy     {config.model}, {policy.num_parameters():,} weights")
+    print(f"reference  {config.ref_model}")
     print(f"oracle     {judge}, --labels {config.labels}; win rate against the {compared_with}")
     print(f"prompts    {len(prompts)} to train on, {len(held_out)} held out, {limits}")
-    print(f"run        {folder}, {config.num_queries} labels, on {config.device}")
-    if not config.model.startswith("./tiny"):
-        names = ("ref_model", "dataset", "reward_model", "erm_backbone")
-        foreign = [name for name in names if str(getattr(config, name, "")).startswith("./tiny")]
-        if foreign and not (is_own and foreign == ["reward_model"]):
-            flags = ", ".join(f"--{name} {getattr(config, name)}" for name in foreign)
-            print(f"note       {flags}: made for this repository's miniature world, not for --model")
+    print(f"run        {config.num_queries} labels into {folder}, on {config.device}")
+    for name in ("ref_model", "dataset", "reward_model", "erm_backbone"):
+        value = str(getattr(config, name, ""))
+        if value.startswith("./tiny") and not config.model.startswith("./tiny"):
+            print(f"note       --{name} {value} was made for this miniature world, not for --model")
     return Task(policy, ref_model, tokenizer, prompts, held_out, oracle)
 
 
@@ -594,10 +527,10 @@ class Run:
     """The folder of a run: JSONL files, checkpoint, model; and the table on the screen.
 
     A round's random numbers depend on the seed and the round's number alone. So a checkpoint holds
-    the state_dict of `parts`, the counts, and how many lines each file has, no more.
+    the state_dict of `parts`, the counts, and the rows of the files, no more.
     """
 
-    files = ("metrics.jsonl", "preferences.jsonl", "samples.jsonl")
+    saved = ("round", "evaluated", "seen", "rows")
 
     def __init__(
         self, config: Config, oracle: Oracle, parts: dict[str, Any], counts: Counts, table: tuple
@@ -607,127 +540,106 @@ class Run:
         self.folder = Path(config.output_dir).expanduser()
         self.round = self.idle_rounds = 0
         self.evaluated = None  # labels and round of the last row of metrics
-        self.seen = defaultdict(list)  # metric -> its values in the rounds since then
-        self.num_lines = dict.fromkeys(self.files, 0)
-        if config.overwrite and self.folder.exists():
-            shutil.rmtree(self.folder)
+        self.seen = {}  # metric -> its values in the rounds since then
+        self.rows = {"metrics": [], "preferences": [], "samples": []}
+        if config.overwrite:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.load()
         command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
         about = {"flags": dataclasses.asdict(config), "versions": versions, "git_commit": commit}
-        about["device"] = config.device
+        self.load()
         (self.folder / "config.json").write_text(json.dumps(about, indent=1))
         self.bar = tqdm(total=config.num_queries, unit="label", initial=oracle.queries)
 
     def load(self) -> None:
         """Go back to the checkpoint, if there is one, and cut the files to what they were then."""
-        path, state = self.folder / "checkpoint.pt", {}
+        path, state = self.folder / "checkpoint.pt", {"num_answers": 0}
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
             for name, part in self.parts.items():
-                part.load_state_dict(state["parts"][name])
+                part.load_state_dict(state[name])
             vars(self).update(state["run"])
             vars(self.counts).update(state["counts"])
-            self.seen = defaultdict(list, self.seen)
             self.oracle.queries = state["queries"]
-            self.oracle.bought.update(state["bought"])
-        for name in self.files:
-            with open(self.folder / name, "a+", encoding="utf-8") as file:
-                file.seek(0)
-                lines = file.readlines()[: self.num_lines[name]]
-                file.truncate(0)
-                file.writelines(lines)
-        self.oracle.open(self.folder / "labels.jsonl", state.get("num_answers", 0))
+        for name, rows in self.rows.items():
+            self.write(name, rows, "w")
+        self.oracle.open(self.folder / "labels.jsonl", state["num_answers"])
 
     def save(self) -> None:
-        """Write checkpoint.pt under another name first, so that there is always a whole one."""
-        own = ("round", "evaluated", "num_lines")
-        state = {
-            "parts": {name: part.state_dict() for name, part in self.parts.items()},
-            "run": {name: getattr(self, name) for name in own} | {"seen": dict(self.seen)},
-            "counts": vars(self.counts),
-            "queries": self.oracle.queries,
-            "num_answers": self.oracle.num_answers,
-            "bought": {key: rows for key, rows in self.oracle.bought.items() if rows},
-        }
-        torch.save(state, self.folder / "checkpoint.tmp")
+        """Write checkpoint.pt, under another name first: there is always a whole one."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"run": {name: vars(self)[name] for name in self.saved}}
+        state |= {"counts": vars(self.counts), "queries": self.oracle.queries}
+        torch.save(state | {"num_answers": self.oracle.num_answers}, self.folder / "checkpoint.tmp")
         os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
-    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
-        lines = [json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows]
-        with open(self.folder / name, "a", encoding="utf-8") as file:
-            file.writelines(lines)
-        self.num_lines[name] += len(lines)
+    def write(self, name: str, rows: list[dict[str, Any]], mode: str = "a") -> None:
+        self.rows[name] = rows if mode == "w" else self.rows[name] + rows
+        with open(self.folder / f"{name}.jsonl", mode, encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
 
     def evaluation_is_due(self, num_labels: int, is_forced: bool) -> bool:
         """At the start, every --eval_every labels that were trained on, and where it is forced,
         but never twice for one round."""
         if self.evaluated is None:
             return True
-        labels, number = self.evaluated
-        every = self.config.eval_every
+        (labels, number), every = self.evaluated, self.config.eval_every
         return number < self.round and (is_forced or num_labels // every > labels // every)
 
     def record(self, values: dict[str, float]) -> None:
         """Keep a round's values; the next row of metrics shows their means over rounds."""
         for name, value in values.items():
-            self.seen[name].append(value)
+            self.seen.setdefault(name, []).append(value)
 
     def keep(self, labelled: Batch, synthetic: Batch | None = None) -> None:
         """Write pairs, chosen first, to preferences.jsonl, with their source."""
         for pairs, source in ((labelled, "oracle"), (synthetic, "model")):
-            prompts, responses = (pairs.columns["prompt"], pairs.responses) if pairs else ([], [])
-            rows = [
-                {"round": self.round, "prompt": x, "chosen": y[0], "rejected": y[1], "source": source}
-                for x, y in zip(prompts, responses)
-            ]
-            self.write("preferences.jsonl", rows)
-        self.counts.synthetic_pairs += len(synthetic or [])
+            for n in range(len(pairs) if pairs else 0):
+                row = {"round": self.round, "prompt": pairs.columns["prompt"][n]}
+                row |= {"chosen": pairs.responses[n][0], "rejected": pairs.responses[n][1]}
+                self.write("preferences", [row | {"source": source}])
+        self.counts.synthetic_pairs += len(synthetic) if synthetic else 0
 
-    def log(self, metrics: dict[str, Any], samples: list[dict[str, Any]], own: dict) -> None:
+    def log(self, metrics: dict, samples: list[dict], own: dict[str, float]) -> None:
         """Write and print a row of metrics, with the means of what was recorded; save."""
         queries, is_first = {"queries": self.oracle.queries}, self.evaluated is None
         means = {name: sum(values) / len(values) for name, values in sorted(self.seen.items())}
         row = queries | {"round": self.round} | vars(self.counts) | metrics | own | means
-        self.write("metrics.jsonl", [row])
-        self.write("samples.jsonl", [queries | sample for sample in samples])
+        self.write("metrics", [row])
+        self.write("samples", [queries | sample for sample in samples])
         if is_first:
             for sample in samples[:2]:
-                tqdm.write(f"\n{sample['prompt']}\n  {row['compared_with']}: {sample['baseline']}")
-        if not self.bar.n or is_first:
+                tqdm.write(f"\n{sample['prompt']}\n  reference: {sample['reference']}")
+        if self.bar.n == self.bar.initial:
             tqdm.write("  ".join(("queries", *(f"{name:>6}" for name in self.table))))
         cells = [(max(len(name), 6), row.get(name, "")) for name in self.table]
         cells = [f"{c:>{w}.3f}" if isinstance(c, float) else f"{c:>{w}}" for w, c in cells]
         tqdm.write("  ".join((f"{self.oracle.queries:7d}", *cells)))
         for sample in samples[:2]:
             tqdm.write(f"  [{sample.get('reward', math.nan):5.2f}] {sample['response'].strip()}")
-        self.seen.clear()
-        self.evaluated = [self.oracle.queries, self.round]
+        self.seen, self.evaluated = {}, (self.oracle.queries, self.round)
         self.save()
 
     def end_round(self, has_asked: bool = True) -> None:
-        """Count the round; save every --checkpoint_every rounds. Stop where questions are asked
-        and never answered: the policy has collapsed to one text a prompt."""
+        """Count the round; save every --checkpoint_every rounds. A policy that has collapsed to one
+        text a prompt asks in vain: then stop."""
         self.round += 1
-        is_idle = has_asked and self.oracle.queries == self.bar.n
-        self.idle_rounds = self.idle_rounds + is_idle if has_asked else self.idle_rounds
-        if not is_idle and has_asked:
-            self.idle_rounds = 0
+        is_in_vain = self.oracle.queries == self.bar.n
+        if has_asked:
+            self.idle_rounds = self.idle_rounds + 1 if is_in_vain else 0
         self.bar.update(self.oracle.queries - self.bar.n)
         if self.round % self.config.checkpoint_every == 0:
             self.save()
-        require(self.idle_rounds < 20, "all candidates of 20 rounds read the same: stopped")
+        require(self.idle_rounds < 20, "the candidates of 20 rounds all read the same: stopped")
 
     def finish(self, policy: nn.Module, tokenizer: Any) -> None:
         """Write model/, and say where everything is."""
         self.bar.close()
-        temporary, folder = self.folder / "model.tmp", self.folder / "model"
-        policy.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
+        policy.save_pretrained(self.folder / "model")
+        tokenizer.save_pretrained(self.folder / "model")
         names = "model/, metrics.jsonl, preferences.jsonl and samples.jsonl"
         print(f"done, {self.oracle.queries} labels: {names} are in {self.folder}")
 
@@ -736,8 +648,6 @@ class Run:
 
 
 class Parser(transformers.HfArgumentParser):
-    """Shows no default of None, and hands mistakes to `main`."""
-
     def error(self, message: str) -> None:
         raise UserError(f"{message} (--help lists the flags)")
 
@@ -749,29 +659,24 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 def main(config_class: type[Config], train: Callable, docstring: str) -> None:
     """Parse the command line and train. What goes wrong ends in one line and exit code 2."""
-    title, config = docstring.strip().splitlines()[0], None
-    parser = Parser(
-        config_class, allow_abbrev=False, description=title, formatter_class=HelpFormatter
-    )
+    options = {"description": docstring.splitlines()[0], "formatter_class": HelpFormatter}
+    parser, config = Parser(config_class, allow_abbrev=False, **options), None
     try:
         config = config_class(**vars(parser.parse_args()))
         train(config)
     except KeyboardInterrupt:
-        where = f": --resume {config.output_dir} continues" if config else ""
-        print(f"stopped{where}", file=sys.stderr)
+        print(f"stopped; --resume {config.output_dir if config else ''} continues", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        lines = str(error).strip().splitlines() or [""]
-        message = lines[0]
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not isinstance(error, UserError):
-            message = f"{type(error).__name__}: {message} (--debug shows where)"
-            for name in ("model", "ref_model", "dataset", "reward_model", "erm_backbone"):
-                value = getattr(config, name, None)
-                if value and value in str(error):
-                    message = f"--{name} {value}: {lines[0]}"
+            names = ("model", "ref_model", "dataset", "reward_model", "erm_backbone", "output_dir")
+            values = {name: str(getattr(config, name, "")) for name in names}
+            found = [f"--{n} {v}: " for n, v in values.items() if v and v in str(error)]
+            line = f"{found[0] if found else ''}{line} ({type(error).__name__}; see --debug)"
         if isinstance(error, torch.OutOfMemoryError):
-            message += " (a smaller --micro_batch_size needs less memory)"
-        print(f"error: {message}", file=sys.stderr)
+            line += "; a smaller --micro_batch_size needs less memory"
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

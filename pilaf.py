@@ -13,7 +13,7 @@ and one of the policy pulled towards it. Algorithm 1 of the paper, each round:
   5. train the policy, one step of DPO
 
 --sampler has the paper's baselines. Cost of a pair in decoder streams (forward passes a token),
-scoring passes (teacher-forced, not in the paper's table), and responses that the oracle reads:
+teacher-forced scoring passes (not in the paper's table) and responses that the oracle reads:
 
   pilaf             as above                                                    3, 0, 2 on average
   vanilla           two samples of the policy                                   2, 0, 2
@@ -27,11 +27,10 @@ of its own tokens, and by 1 in the vanilla half; a large beta * KL makes the wei
 effective_sample_size). It needs temperature 1 and c = --beta; the theory, --labels bernoulli.
 
 While policy = reference, pilaf *is* vanilla, so compare samplers from a common start that has
-moved, with the reference where it was:
+moved (another seed then sees other prompts), with the reference where it was:
   python pilaf.py --sampler vanilla --num_queries 1024 --num_iterations 1 --output_dir runs/start
   python pilaf.py --seed 1 --model runs/start/model --ref_model ./tiny/sft
-(another seed, to see other prompts). An overfitted start goes through few labels often:
---num_queries 256 --num_epochs 10 in the first.
+(an overfitted start: --num_queries 256 --num_epochs 10 in the first).
 
 No code of the authors was found. Not known, hence our choice: learning rate, batch, response
 length, temperature, KL estimator, Bernoulli or argmax labels, how their start was overfitted, what
@@ -43,14 +42,12 @@ Shapes: B prompts, N responses a prompt, R response tokens, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import common
 import harness
@@ -71,33 +68,27 @@ class Config(harness.Config):
     num_iterations: int | None = flag(None, "collect, then train, so many times (online)")
     num_epochs: int = flag(1, "passes over the pairs of an iteration")
 
-    script = "pilaf"
-    unnamed = (*harness.Config.unnamed, "sampler")
+    script, arm = "pilaf", "sampler"
 
-    def arm(self) -> str:
-        return self.sampler
-
-    def resolve(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        is_pilaf, is_best_of = self.sampler == "pilaf", self.sampler.startswith("best_of_n")
+        why = f"contradicts --sampler {self.sampler}"
         if self.num_candidates is None:
-            self.num_candidates = 8 if self.sampler.startswith("best_of_n") else 2
-        if self.sampler_beta is None and self.sampler == "pilaf":
+            self.num_candidates = 8 if is_best_of else 2
+        if self.sampler_beta is None and is_pilaf:
             self.sampler_beta = self.beta
-
-    def check(self) -> None:
-        why, is_pilaf = f"contradicts --sampler {self.sampler}", self.sampler == "pilaf"
-        if not self.sampler.startswith("best_of_n"):
-            require(self.num_candidates == 2, f"--num_candidates {self.num_candidates} {why}")
-        require(self.num_candidates >= 2, "--num_candidates must be at least 2")
+        is_right = self.num_candidates == 2 or (is_best_of and self.num_candidates > 2)
+        require(is_right, f"--num_candidates {self.num_candidates} is below 2, or {why}")
         require(is_pilaf or self.sampler_beta is None, f"--sampler_beta {why}")
         require(is_pilaf or not self.importance_weights, f"--importance_weights {why}")
-        is_right = not is_pilaf or self.sampler_beta <= 1
         wrong = f"the interpolation needs a beta of at most 1, not {self.sampler_beta}"
-        require(is_right, f"{wrong}: --sampler_beta, or --beta")
+        require(not is_pilaf or self.sampler_beta <= 1, f"{wrong}: --sampler_beta, or --beta")
         is_exact = self.temperature == 1 and self.sampler_beta == self.beta
         wrong = "--importance_weights needs --temperature 1 and no --sampler_beta but --beta's"
         require(is_exact or not self.importance_weights, wrong)
-        is_right = self.num_iterations or self.num_epochs == 1
-        require(is_right, "--num_epochs needs --num_iterations: online pairs are used once")
+        wrong = "--num_epochs needs --num_iterations: online pairs are used once"
+        require(self.num_iterations or self.num_epochs == 1, wrong)
 
 
 # ---------------------------------------------------------------- the interpolation
@@ -128,9 +119,9 @@ def log_normaliser(logits: Tensor, ref_logits: Tensor, c: Tensor) -> Tensor:
 def pair_weights(log_z: Tensor, mask: Tensor) -> Tensor:
     """Weight of a pair's loss that makes the gradient T-PILAF's, exp(L+ + L-), (B, 2, R) -> (B,).
 
-    L = sum_t log z, over the prefixes of a response's tokens: pi^(1 + c) pi_ref^(-c) = q exp(L) for
-    the token-wise sampler q. So weighted, the fair coin's pairs are in expectation half of
-    1 + Z+ Z- times T-PILAF's; in the vanilla half log z is 0.
+    L = sum_t log z, over the prefixes of a response's tokens: for the token-wise sampler q this is
+    pi^(1 + c) pi_ref^(-c) = q exp(L). In the vanilla half log z is 0 and the weight 1. Over both
+    halves a weighted pair's expectation is (1 + Z+ Z-) / 2 times that of exact T-PILAF.
     """
     return (log_z * mask).sum((1, 2)).exp()
 
@@ -139,9 +130,7 @@ class InterpolatedDecoder:
     """Next-token logits of two responses a prompt: two packed decoders fed the same tokens, the
     reference's only on the prompts whose coefficients c (B, 2) are not 0."""
 
-    def __init__(
-        self, policy: nn.Module, ref_model: nn.Module, prompts: Batch, c: Tensor
-    ) -> None:
+    def __init__(self, policy: nn.Module, ref_model: nn.Module, prompts: Batch, c: Tensor) -> None:
         rows = c.any(1).nonzero()[:, 0]  # (b,)
         self.policy = PackedDecoder(policy, prompts)
         self.reference = PackedDecoder(ref_model, prompts.select(rows)) if len(rows) else None
@@ -163,78 +152,74 @@ class InterpolatedDecoder:
 # ---------------------------------------------------------------- samplers
 
 
-def interpolated_pairs(
-    config: Config, task: harness.Task, prompts: Batch, c: Tensor, rng: torch.Generator
-) -> tuple[Batch, Tensor]:
-    """Step 3: two responses a prompt from the interpolation with coefficients c (B, 2), and the
-    `log_normaliser` of the prefix of each of their tokens, (B, 2, R)."""
-    size = (len(prompts), 2, config.max_new_tokens)
-    uniforms, eos = torch.rand(size, generator=rng), common.eos_ids(task.policy, task.tokenizer)
-
-    @torch.no_grad()
-    def sample(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        part = prompts.select(rows)
-        with common.autocast(task.policy.device):
-            decoder = InterpolatedDecoder(task.policy, task.ref_model, part, c[rows])
-            ids, mask = common.generate(decoder, part, uniforms[rows], eos, config.temperature)
-        log_z = torch.stack(decoder.log_z, dim=-1)  # (b, 2, steps)
-        return ids, mask, F.pad(log_z, (0, size[-1] - log_z.shape[-1]))
-
-    ids, mask, log_z = common.in_parts(sample, len(prompts), config.micro_batch_size)
-    return common.with_responses(prompts, ids, mask, task.tokenizer), log_z
-
-
 def sample(
     config: Config, task: harness.Task, prompts: Batch, counts: "Counts", number: int
 ) -> Batch:
-    """Steps 2 and 3: the responses of --sampler to the prompts of a round; of pilaf's with the
-    column "weight", see `pair_weights`."""
+    """Steps 2 and 3: the responses of --sampler to the prompts of a round."""
     rng, num = generator(config.seed, "round", number), config.num_candidates
-    policy, ref_model, tokenizer = task.policy, task.ref_model, task.tokenizer
     counts.add_samples(len(prompts) * num)
+    if config.sampler == "pilaf":
+        return sample_pilaf(config, task, prompts, counts, rng, number)
     if config.sampler == "hybrid":
-        options = (tokenizer, prompts, 1, rng, config)
-        return common.beside([respond(model, *options) for model in (policy, ref_model)])
-    if config.sampler != "pilaf":
-        return respond(policy, tokenizer, prompts, num, rng, config)
-    coins = generator(config.seed, "coins", number)
+        options = (task.tokenizer, prompts, 1, rng, config)
+        return common.beside([respond(model, *options) for model in (task.policy, task.ref_model)])
+    return respond(task.policy, task.tokenizer, prompts, num, rng, config)
+
+
+def sample_pilaf(
+    config: Config, task: harness.Task, prompts: Batch, counts: "Counts", rng: torch.Generator,
+    number: int,
+) -> Batch:  # fmt: skip
+    """The interpolation's two responses a prompt, with a column "weight", see `pair_weights`."""
+    coins, policy = generator(config.seed, "coins", number), task.policy
     c = coefficients(len(prompts), config.sampler_beta, coins)  # (B, 2)
+    uniforms = torch.rand(len(prompts), 2, config.max_new_tokens, generator=rng)
+    eos = common.eos_ids(policy, task.tokenizer)
+
+    @torch.no_grad()
+    def draw(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        part = prompts.select(rows)
+        with common.autocast(policy.device):
+            decoder = InterpolatedDecoder(policy, task.ref_model, part, c[rows])
+            ids, mask = common.generate(decoder, part, uniforms[rows], eos, config.temperature)
+        log_z = torch.stack(decoder.log_z, dim=-1)  # (b, 2, steps)
+        return ids, mask, pair_weights(log_z, mask[..., : log_z.shape[-1]])
+
+    ids, mask, weights = common.in_parts(draw, len(prompts), config.micro_batch_size)
     counts.decoder_streams += int((c != 0).sum())  # the reference's, beside the policy's
-    batch, log_z = interpolated_pairs(config, task, prompts, c, rng)
-    weights = pair_weights(log_z, batch.response_mask)  # (B,)
-    batch.columns["weight"] = weights.tolist()
-    counts.add_weights(weights)
+    counts.num_weights += len(weights)
+    counts.weight_sum += weights.double().sum().item()
+    counts.weight_square_sum += weights.double().square().sum().item()
+    batch = common.with_responses(prompts, ids, mask, task.tokenizer)
+    batch.columns = batch.columns | {"weight": weights.tolist()}
     return batch
 
 
 def label(
     config: Config, task: harness.Task, batch: Batch, counts: "Counts"
 ) -> tuple[Batch, dict[str, float]]:
-    """Step 4: the prompts with a pair, which has two different texts, and chosen and rejected of
-    each (N = 2); and online metrics. Best-of-N asks about the pair of widest rewards."""
-    is_distinct, counts.pairs = common.distinct(batch.responses), counts.pairs + len(batch)
-    picks = torch.tensor([[0, 1]]).repeat(len(batch), 1)  # (B, 2)
-    if config.sampler == "best_of_n":
-        logps, ref_logps = (frozen_logps(m, batch, config) for m in (task.policy, task.ref_model))
-        counts.scoring_passes += 2 * logps.numel()
-        implicit_rewards = config.beta * (logps - ref_logps)  # (B, N)
-        picks = torch.stack(common.widest_pair(implicit_rewards, is_distinct), dim=1)
+    """Step 4: the prompts with a pair, which is two different texts, with chosen and rejected of
+    each (N = 2); and online metrics. Best-of-N takes the pair of widest rewards."""
+    is_distinct = common.distinct(batch.responses)  # (B, N)
     if config.sampler == "best_of_n_oracle":
-        rows = (is_distinct.sum(1) >= 2).nonzero()[:, 0]
-        batch, is_distinct = batch.select(rows), is_distinct[rows]
-        costs, prompts = is_distinct.sum(1).tolist(), batch.columns["prompt"]
-        rewards = task.oracle.rank(prompts, batch.responses, torch.zeros(is_distinct.shape), costs)
-        winners, online = torch.stack(common.widest_pair(rewards, is_distinct), dim=1), {}
+        asked = (is_distinct.sum(1) >= 2).nonzero()[:, 0]  # (n,)
+        batch, is_distinct = batch.select(asked), is_distinct[asked]
+        costs, no_noise = is_distinct.sum(1).tolist(), torch.zeros(is_distinct.shape)
+        rewards = task.oracle.rank(batch.columns["prompt"], batch.responses, no_noise, costs)
+        order, online = torch.stack(common.widest_pair(rewards, is_distinct), dim=1), {}
         counts.responses_read += sum(costs)
     else:
-        rows = common.differ(batch.responses, picks).nonzero()[:, 0]
-        batch, picks = batch.select(rows), picks[rows]
-        every = torch.arange(len(rows))
-        order, online = harness.label(task.oracle, batch.select(every, picks))
-        winners = picks.gather(1, order)  # (n, 2)
-        counts.responses_read += 2 * len(rows)
-    counts.labelled_pairs += len(rows)
-    return batch.select(torch.arange(len(rows)), winners), online
+        if config.sampler == "best_of_n":
+            logps, ref_logps = (
+                frozen_logps(model, batch, config) for model in (task.policy, task.ref_model)
+            )
+            picks = common.widest_pair(config.beta * (logps - ref_logps), is_distinct)
+            batch = batch.select(torch.arange(len(batch)), torch.stack(picks, dim=1))
+        batch = batch.select(common.distinct(batch.responses)[:, 1].nonzero()[:, 0])
+        order, online = harness.label(task.oracle, batch)  # (n, 2)
+        counts.responses_read += 2 * len(batch)
+    counts.labelled_pairs += len(batch)
+    return batch.select(torch.arange(len(batch)), order), online
 
 
 # ---------------------------------------------------------------- Algorithm 1
@@ -242,63 +227,51 @@ def label(
 
 @dataclass
 class Counts(harness.Counts):
-    pairs: int = 0  # sampled
-    labelled_pairs: int = 0  # of two different texts
-    scoring_passes: int = 0  # teacher-forced, a response and model
+    labelled_pairs: int = 0
     responses_read: int = 0  # by the oracle, for labels
-    weight_sum: float = 0.0  # of the pairs so far, see `pair_weights`
+    num_weights: int = 0  # pairs that were sampled, and of their `pair_weights`:
+    weight_sum: float = 0.0
     weight_square_sum: float = 0.0
-    num_weights: int = 0
-
-    def add_weights(self, weights: Tensor) -> None:
-        self.weight_sum += weights.double().sum().item()
-        self.weight_square_sum += weights.double().square().sum().item()
-        self.num_weights += len(weights)
 
     def metrics(self, config: Config) -> dict[str, float]:
-        """Costs of a pair so far, in decoder streams, scoring passes and responses that the oracle
-        read; effective_sample_size: (sum w)^2 / (n sum w^2), 1 if all weights are equal."""
-        metrics = {}
-        if self.pairs:
-            metrics["sampling_cost"] = self.decoder_streams / self.pairs
-            metrics["scoring_cost"] = self.scoring_passes / self.pairs
-            metrics["annotation_cost"] = self.responses_read / max(1, self.labelled_pairs)
-        if self.num_weights and config.importance_weights:
-            share = self.weight_sum**2 / (self.num_weights * self.weight_square_sum)
-            metrics["effective_sample_size"] = share
-            if share < 0.5:
-                say = "few pairs decide (a smaller --beta helps)"
-                tqdm.write(f"--importance_weights: {share:.0%} effective sample size: {say}")
+        """Costs of a pair so far: decoder streams, and responses that the oracle read; with weights
+        effective_sample_size: (sum w)^2 / (n sum w^2), 1 if all are equal."""
+        if not self.labelled_pairs:
+            return {}
+        num_pairs = self.candidates / config.num_candidates
+        metrics = {
+            "sampling_cost": self.decoder_streams / num_pairs,
+            "annotation_cost": self.responses_read / self.labelled_pairs,
+        }
+        if config.importance_weights:
+            num_equal = self.weight_sum**2 / self.weight_square_sum
+            metrics["effective_sample_size"] = num_equal / self.num_weights
         return metrics
 
 
-def pair_loss(config: Config, counts: Counts) -> Callable[[Tensor, Tensor, Batch], Tensor]:
+def pair_loss(
+    config: Config, counts: Counts, logps: Tensor, ref_logps: Tensor, part: Batch
+) -> Tensor:
     """DPO's, (b, 2) -> (b,); with --importance_weights times the weight over its mean of all pairs
     so far. (Over a mean of the prompt's own it would be biased.)"""
-
-    def losses(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
-        loss = common.dpo(logps, ref_logps, config.beta)
-        if not config.importance_weights:
-            return loss
-        weights = torch.tensor(part.columns["weight"], device=loss.device)
-        return loss * weights * counts.num_weights / counts.weight_sum
-
-    return losses
+    losses = common.dpo(logps, ref_logps, config.beta)
+    if not config.importance_weights:
+        return losses
+    weights = torch.tensor(part.columns["weight"], device=losses.device)
+    return losses * weights * counts.num_weights / counts.weight_sum
 
 
 def plan(config: Config) -> tuple[int, int | None]:
-    """Prompts of an iteration, and how many iterations the budget pays for.
-
-    Online, a round is an iteration, and they go on until the labels are spent. An iteration that
-    --resume adds with a larger --num_queries is as long as the others were.
-    """
+    """Prompts of an iteration, and how many iterations the budget pays for: online a round is one,
+    and they go on until the labels are spent. Those added by --resume are as long as the others."""
     if not config.num_iterations:
         return config.batch_size, None
     labels = config.planned_queries // config.num_iterations
     num_prompts = labels // label_cost(config)
     require(num_prompts, f"--num_queries {config.planned_queries} pays for no prompt an iteration")
     num_steps = math.ceil(num_prompts / config.batch_size) * config.num_epochs
-    harness.check_warmup(config, num_steps)
+    few = f"--warmup_steps {config.warmup_steps} cannot end in the {num_steps} steps of an iteration"
+    require(config.warmup_steps < num_steps, few)
     added = (config.num_queries - config.planned_queries) // labels
     return num_prompts, config.num_iterations + added
 
@@ -311,10 +284,10 @@ def label_cost(config: Config) -> int:
 def train_iteration(
     config: Config, run: harness.Run, policy: nn.Module, optimizer: Any, pairs: Batch, t: int
 ) -> None:
-    """Step 5: --num_epochs passes over the pairs of iteration t; online, the one step of a round."""
+    """Step 5: --num_epochs passes over the pairs of iteration t; online, one step on a round's."""
     if config.num_iterations:
         common.restart_optimizer(optimizer, config)
-    loss = pair_loss(config, run.counts)
+    loss = partial(pair_loss, config, run.counts)
     for epoch in range(config.num_epochs):
         order = torch.randperm(len(pairs), generator=generator(config.seed, "order", t, epoch))
         for rows in order.split(config.batch_size):
@@ -323,7 +296,7 @@ def train_iteration(
 
 
 def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
-    """PILAF, round by round, into --output_dir; the oracle is --reward_model unless one is given."""
+    """PILAF, round by round, into --output_dir; the oracle is --reward_model, unless given."""
     task = harness.load(config, oracle)
     policy, oracle, counts = task.policy, task.oracle, Counts()
     prompts_per_iteration, num_iterations = plan(config)
@@ -354,11 +327,11 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         run.keep(pairs)
         # 5. Train the policy, when the iteration is complete, on all of its pairs.
         pairs.ref_logps = frozen_logps(task.ref_model, pairs, config)  # (n, 2), once
-        replay.parts.append(pairs)
+        replay.append(pairs)
         if step == rounds_per_iteration - 1:
-            pairs = common.stacked(replay.parts)
+            pairs = common.stacked(replay)
             train_iteration(config, run, policy, optimizer, pairs, t)
-            replay.parts.clear()
+            replay.clear()
         run.end_round()
     run.finish(policy, task.tokenizer)
     return run

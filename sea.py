@@ -19,7 +19,7 @@ label pairs of their own, which cost nothing. Algorithm 2 of the paper, each rou
 Differences from the paper: 1. a constant learning rate, not a cosine; 2. temperature 1 and sampled
 evaluation, not 0.7 and greedy; 3. noisy labels (its experiments: --labels argmax); 4. a burn-in of
 256 labels, not 1,000; 5. Eq. 8's anchor squared, with a plus sign, and scaled so that it acts; 6.
-features are means over a response's tokens, not the states of PairRM's two markers.
+features are means over a response's tokens, not states of PairRM.
 Differences from the released code (sail-sg/oat v0.0.4): it 1. has the oracle label synthetic pairs,
 uncounted, and trains the heads on them; 2. takes the variance of raw reward gaps (--bai_variance
 logit); 3. draws one head for 32 prompts; 4. has an anchor 280 times weaker than its weight decay,
@@ -37,8 +37,8 @@ Shapes: B prompts, N candidates a prompt, E heads, D features; common.py has the
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -71,15 +71,13 @@ class Config(harness.Config):
     offline: bool = flag(False, "responses always come from the reference")
     best_of_n: int = flag(0, "also evaluate the mean head's best of so many samples")
 
-    script = "sea"
+    script, arm = "sea", "explore"
     may_be_zero = (*harness.Config.may_be_zero, "num_heads", "burn_in", "anchor", "best_of_n")
-    unnamed = (*harness.Config.unnamed, "explore", "offline", "loss")
 
-    def arm(self) -> str:
-        return self.explore + "-offline" * self.offline + f"-{self.loss}" * (self.loss != "dpo")
-
-    def resolve(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         is_baseline = self.explore in ("passive", "apl")
+        why = f"contradicts --explore {self.explore}"
         has_heads = not is_baseline or self.best_of_n > 0
         if self.num_candidates is None:
             self.num_candidates = {"passive": 2, "apl": 8}.get(self.explore, 20)
@@ -87,19 +85,12 @@ class Config(harness.Config):
             self.num_heads = 20 if has_heads else 0
         if self.gamma is None:
             self.gamma = 1.0 if is_baseline else 0.7
-
-    def check(self) -> None:
-        why = f"contradicts --explore {self.explore}"
-        is_baseline = self.explore in ("passive", "apl")
-        require(self.gamma <= 1, f"--gamma must be at most 1, not {self.gamma}")
-        require(self.gamma == 1 or not is_baseline, f"--gamma {self.gamma} {why}")
-        if self.explore == "passive":
-            require(self.num_candidates == 2, f"--num_candidates {self.num_candidates} {why}")
-        require(self.num_candidates >= 2, "--num_candidates must be at least 2")
-        if is_baseline and not self.best_of_n:
-            require(self.num_heads == 0, f"--num_heads {self.num_heads} {why} without --best_of_n")
-        else:
-            require(self.num_heads >= 2, "--num_heads must be at least 2: heads have to disagree")
+        is_right = self.gamma == 1 or (self.gamma < 1 and not is_baseline)
+        require(is_right, f"--gamma {self.gamma} is above 1, or {why}")
+        is_right = self.num_candidates == 2 or self.num_candidates > 2 and self.explore != "passive"
+        require(is_right, f"--num_candidates {self.num_candidates} is below 2, or {why}")
+        is_right = self.num_heads >= 2 if has_heads else self.num_heads == 0
+        require(is_right, f"--num_heads {self.num_heads} {why}: 2 at least, or 0 without any use")
         require(self.best_of_n != 1, "--best_of_n must be 0 or at least 2")
         require(self.explore != "apl" or self.loss == "dpo", "--explore apl needs --loss dpo")
 
@@ -220,19 +211,15 @@ def read_features(backbone: nn.Module, batch: Batch, config: Config) -> Tensor:
 
 
 def thompson_first(rewards: Tensor, heads: Tensor, is_distinct: Tensor) -> Tensor:
-    """Step 3: the best distinct candidate under each prompt's own head.
-
-    Rewards (E, B, N), heads (B,), is_distinct (B, N) -> candidate numbers (B,).
-    """
+    """Step 3: the best distinct candidate under each prompt's own head: rewards (E, B, N), heads
+    (B,), is_distinct (B, N) -> candidate numbers (B,)."""
     own = rewards[heads, torch.arange(len(heads))]  # (B, N)
     return own.masked_fill(~is_distinct, -math.inf).argmax(-1)
 
 
 def second_bai(rewards: Tensor, first: Tensor, is_distinct: Tensor, variance: str) -> Tensor:
     """Step 4, best-arm identification: argmax_b Var_heads[sigmoid(r(first) - r(b))], (B,).
-
-    `variance` "logit" leaves the sigmoid out, as the released code does.
-    """
+    `variance` "logit" leaves the sigmoid out, as the released code does."""
     gaps = rewards.gather(2, first.expand(len(rewards), -1)[..., None]) - rewards  # (E, B, N)
     spread = (gaps.sigmoid() if variance == "sigmoid" else gaps).var(0)  # (E, B, N) -> (B, N)
     spread = spread.scatter(1, first[:, None], -0.5)  # itself only if nothing else is distinct
@@ -308,22 +295,16 @@ def keep_uncertain(
     return batch, config.beta * (logps[kept] - ref_logps)[None]
 
 
-# ---------------------------------------------------------------- what is measured
-
-
 def head_metrics(rewards: Tensor, asked: Tensor, winners: Tensor) -> dict[str, float]:
     """ensemble_disagreement: mean over prompts of the standard deviation over heads of
     sigmoid(r(first sample) - r(second sample)), two arbitrary samples of the policy;
-    ensemble_accuracy: the mean head's on the new labels, before it learns them.
-
-    Rewards (E, B, N), labelled rows (n,), their chosen and rejected candidates (n, 2).
-    """
+    ensemble_accuracy: the mean head's on the new labels, before it learns them. Rewards (E, B, N),
+    labelled rows (n,), their chosen and rejected candidates (n, 2)."""
     spread = (rewards[..., 0] - rewards[..., 1]).sigmoid().std(0)  # (E, B, N) -> (B,)
     metrics = {"ensemble_disagreement": spread.mean().item()}
     if len(asked):
-        mean_rewards = rewards.mean(0)[asked].gather(1, winners)  # (n, 2)
-        is_right = mean_rewards[:, 0] > mean_rewards[:, 1]
-        metrics["ensemble_accuracy"] = is_right.double().mean().item()
+        chosen, rejected = rewards.mean(0)[asked].gather(1, winners).T  # (n,), (n,)
+        metrics["ensemble_accuracy"] = (chosen > rejected).double().mean().item()
     return metrics
 
 
@@ -332,25 +313,18 @@ def best_of_n_metrics(
     task: harness.Task, config: Config, backbone: nn.Module, ensemble: EpistemicRewardModel
 ) -> dict[str, float]:
     """best_of_n_*: win_metrics and reward of the mean head's best of N policy samples."""
-    if not config.best_of_n or not task.oracle.can_score():
-        return {}
-    rng = generator(config.seed, "best of n")
-    models, num = (task.policy, task.tokenizer), config.best_of_n
-    batch = common.respond(*models, task.held_out, num, rng, config, temperature=1.0)
+    rng, models = generator(config.seed, "best of n"), (task.policy, task.tokenizer)
+    options = {"temperature": 1.0}
+    batch = common.respond(*models, task.held_out, config.best_of_n, rng, config, **options)
     best = ensemble(read_features(backbone, batch, config)).mean(0).argmax(-1)  # (E, B, N) -> (B,)
     texts = [[row[n]] for row, n in zip(batch.responses, best)]
     rewards = task.oracle.score(batch.columns["prompt"], texts)[:, 0]
-    baseline = torch.tensor(batch.columns["baseline_reward"])
-    metrics = harness.win_metrics(rewards, baseline) | {"reward": rewards.mean().item()}
+    metrics = harness.win_metrics(rewards, torch.tensor(batch.columns["reference_reward"]))
+    metrics["reward"] = rewards.mean().item()
     return {f"best_of_n_{name}": value for name, value in metrics.items()}
 
 
 # ---------------------------------------------------------------- Algorithm 2
-
-
-@dataclass
-class Counts(harness.Counts):
-    clashes: int = 0  # `ee` duels for which no redrawn head wanted another candidate
 
 
 def load_ensemble(
@@ -360,37 +334,33 @@ def load_ensemble(
     backbone, name = ref_model.base_model, config.erm_backbone
     if name != "reference":
         own = harness.load_pretrained(transformers.AutoTokenizer, name, "erm_backbone")
-        harness.require_same_vocabulary(own, tokenizer, f"--erm_backbone {name}")
         options = {"dtype": torch.float32}
         backbone = harness.load_pretrained(transformers.AutoModel, name, "erm_backbone", **options)
-        harness.check_model(backbone.to(config.device), f"--erm_backbone {name}", config)
+        backbone.to(config.device)
+        harness.check_model(backbone, own, tokenizer, f"--erm_backbone {name}", config)
         backbone.to(torch.bfloat16 if config.device.startswith("cuda") else torch.float32)
     print(f"backbone   {name}, {config.num_heads} heads")
     return backbone, EpistemicRewardModel(backbone.config.hidden_size, config)
 
 
-def pair_loss(config: Config) -> Callable[[Tensor, Tensor, Batch], Tensor]:
-    """--loss of log-probabilities (b, 2); IPO's are means over tokens."""
+def pair_loss(config: Config, logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
+    """--loss of log-probabilities, (b, 2) -> (b,); IPO's are means over tokens."""
     loss = {"dpo": common.dpo, "ipo": common.ipo, "slic": common.slic}[config.loss]
-
-    def losses(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
-        lengths = part.response_mask.sum(-1).to(logps.device)  # (b, 2)
-        per = lengths if config.loss == "ipo" else 1
-        return loss(logps / per, ref_logps / per, config.beta)
-
-    return losses
+    lengths = part.response_mask.sum(-1).to(logps.device)  # (b, 2)
+    per = lengths if config.loss == "ipo" else 1
+    return loss(logps / per, ref_logps / per, config.beta)
 
 
 def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     """SEA, round by round, into --output_dir; the oracle is --reward_model unless one is given."""
     task = harness.load(config, oracle)
     policy, ref_model, tokenizer, oracle = task.policy, task.ref_model, task.tokenizer, task.oracle
-    optimizer, loss = common.start_optimizer(policy, config), pair_loss(config)
+    optimizer, loss = common.start_optimizer(policy, config), partial(pair_loss, config)
     parts, ensemble, rewards = {"policy": policy, "optimizer": optimizer}, None, None
     if config.num_heads:
         backbone, ensemble = load_ensemble(config, ref_model, tokenizer)
         parts["ensemble"] = ensemble
-    run = harness.Run(config, oracle, parts, Counts(), table=("online_win_rate",))
+    run = harness.Run(config, oracle, parts, harness.Counts(), table=("online_win_rate",))
     num_prompts = config.batch_size * (4 if config.explore == "apl" else 1)
 
     while True:
@@ -417,21 +387,21 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         is_open = torch.tensor(oracle.queries >= config.burn_in)
         is_synthetic = is_open & (torch.rand(len(batch), generator=rng) >= config.gamma)
         first, second, is_clash = choose_duels(config, batch, rewards, is_synthetic, rng)
-        run.counts.clashes += int(is_clash.sum())
         # 5. Ask the oracle, where the texts differ and the budget allows.
         picks = torch.stack([first, second], dim=1)  # (B, 2)
-        is_pair = common.differ(batch.responses, picks)
+        duels = batch.select(torch.arange(len(batch)), picks)
+        is_pair = common.distinct(duels.responses)[:, 1]
         asked = (is_pair & ~is_synthetic).nonzero()[: config.num_queries - oracle.queries, 0]
-        order, online = harness.label(oracle, batch.select(asked, picks[asked]))
+        order, online = harness.label(oracle, duels.select(asked))
         winners = picks[asked].gather(1, order)  # (n, 2): chosen and rejected candidates
-        run.record(online)
+        run.record(online | {"clashes": is_clash.double().mean().item()})
         # 6. Train the heads on D, to which the labelled duels are added, and no others.
         if ensemble:
             run.record(head_metrics(head_rewards, asked, winners))
             ensemble.fit(features[asked[:, None], winners], rng)
         # 7. Train the policy on all pairs of the round.
         synthetic = (is_pair & is_synthetic).nonzero()[:, 0]
-        pairs = [batch.select(asked, winners), batch.select(synthetic, picks[synthetic])]
+        pairs = [batch.select(asked, winners), duels.select(synthetic)]
         run.keep(*pairs)
         pairs = common.stacked(pairs)
         pairs.ref_logps = frozen_logps(ref_model, pairs, config)  # (n, 2)

@@ -34,8 +34,8 @@ Shapes: B prompts, N responses a prompt; common.py has the others.
 
 import copy
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -63,22 +63,16 @@ class Config(harness.Config):
     )
     other_column: str = flag("other", "of the data set: a second response, which is ranked too")
 
-    script = "selm"
+    script, arm = "selm", "bonus"
     may_be_zero = (*harness.Config.may_be_zero, "alpha", "ranker_candidates")
-    unnamed = (*harness.Config.unnamed, "bonus", "bonus_response")
 
-    def arm(self) -> str:
-        is_sampled = self.bonus != "xpo" and self.bonus_response == "sample"
-        return self.bonus + "-sample" * is_sampled
-
-    def resolve(self) -> None:
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.alpha is None:
             self.alpha = {"selm": 1e-3, "xpo": 1e-5, "none": 0.0}[self.bonus]
         if self.learning_rate_factors is None:
             last = max(1, self.num_iterations - 1)
             self.learning_rate_factors = [1 - 0.8 * t / last for t in range(self.num_iterations)]
-
-    def check(self) -> None:
         is_right = self.bonus != "none" or self.alpha == 0
         require(is_right, f"--alpha {self.alpha} contradicts --bonus none")
         is_right = len(self.learning_rate_factors) == self.num_iterations
@@ -104,17 +98,13 @@ def bonus_loss(
     return alpha * beta * (y_logps - y_ref_logps)  # Eq. 4.2
 
 
-def pair_loss(config: Config) -> Callable[[Tensor, Tensor, Batch], Tensor]:
+def pair_loss(config: Config, logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
     """DPO of columns 0 and 1; with a bonus plus that of column 2, which is y: (b, N) -> (b,)."""
-
-    def losses(logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
-        loss = common.dpo(logps, ref_logps, config.beta)
-        if config.bonus == "none":
-            return loss
-        scales = (config.alpha, config.beta, config.bonus)
-        return loss + bonus_loss(logps[:, 2], ref_logps[:, 2], *scales)
-
-    return losses
+    loss = common.dpo(logps, ref_logps, config.beta)
+    if config.bonus == "none":
+        return loss
+    scales = (config.alpha, config.beta, config.bonus)
+    return loss + bonus_loss(logps[:, 2], ref_logps[:, 2], *scales)
 
 
 # ---------------------------------------------------------------- candidates and their ranking
@@ -206,7 +196,7 @@ def xpo_pairs(
     the y of the bonus and so the third response: batch, rows (n,) and responses (n, 3)."""
     models, options = (snapshot, task.ref_model), (task.tokenizer, prompts, 1, rng, config)
     batch = common.beside([respond(model, *options) for model in models])
-    rows = common.differ(batch.responses).nonzero()[:, 0]
+    rows = common.distinct(batch.responses)[:, 1].nonzero()[:, 0]
     order, _ = harness.label(task.oracle, batch.select(rows))  # (n, 2)
     return batch, rows, torch.cat([order, torch.ones(len(rows), 1).long()], dim=1)
 
@@ -229,7 +219,9 @@ def plan(config: Config, prompts: Batch) -> tuple[int, int]:
     require(num_prompts, f"{few} iterations, at {cost} labels a prompt")
     few = f"{where} has {size} prompts an iteration, and --num_queries needs {num_prompts}"
     require(num_prompts <= size, few)
-    harness.check_warmup(config, math.ceil(num_prompts / config.batch_size))
+    num_steps = math.ceil(num_prompts / config.batch_size)
+    few = f"--warmup_steps {config.warmup_steps} cannot end in the {num_steps} steps of an iteration"
+    require(config.warmup_steps < num_steps, few)
     return num_iterations + (config.num_queries - config.planned_queries) // labels, num_prompts
 
 
@@ -256,7 +248,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     rounds_per_iteration = math.ceil(num_prompts / config.batch_size)
     snapshot, replay = copy.deepcopy(policy), common.Replay()  # XPO keeps the pairs of all rounds
     reference = task.ref_model if is_xpo else snapshot
-    optimizer, loss = common.start_optimizer(policy, config), pair_loss(config)
+    optimizer, loss = common.start_optimizer(policy, config), partial(pair_loss, config)
     parts = {"policy": policy, "optimizer": optimizer, "snapshot": snapshot, "replay": replay}
     run = harness.Run(config, oracle, parts, harness.Counts(), table=("y_reward", "forward_kl"))
 
@@ -288,8 +280,8 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         pairs.ref_logps = frozen_logps(reference, pairs, config)  # (n, N), once
         # 4. One step on DPO and the bonus.
         if is_xpo:
-            replay.parts.append(pairs)
-            old = [replay.parts[i * rounds_per_iteration + step] for i in range(t)]
+            replay.append(pairs)
+            old = [replay[i * rounds_per_iteration + step] for i in range(t)]
             pairs = common.stacked([pairs, *old])
         run.record(train_step(policy, optimizer, pairs, loss, config))
         run.counts.gradient_steps += len(pairs) > 0
