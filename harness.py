@@ -289,9 +289,8 @@ class Oracle:
         self.config, self.queries, self.num_answers, self.path = config, 0, 0, None
         self.bought = defaultdict(list)  # (prompt, *texts) -> answers that were not used yet
 
-    def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
-        """Rewards (B, N) of N texts to each prompt."""
-        raise UserError("this oracle has no `score`, which a ranking needs")
+    def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor | None:
+        """Rewards (B, N) of N texts to each prompt; None if this oracle only compares."""
 
     def prefer(self, prompts: list[str], duels: list[list[str]], rewards: Tensor | None) -> Tensor:
         """Is the first of two texts better, (B,)? By SEA's Eq. 3, Bradley-Terry, with probability
@@ -302,9 +301,6 @@ class Oracle:
         rng = generator(self.config.seed, "labels", self.queries)
         return torch.rand(len(gap), generator=rng) < probability
 
-    def can_score(self) -> bool:
-        return type(self).score is not Oracle.score
-
     def open(self, path: Path, num_used: int) -> None:
         """Append answers to `path`; those after the first `num_used` were bought, but not used."""
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
@@ -314,19 +310,24 @@ class Oracle:
         for row in map(json.loads, lines[num_used:]):
             self.bought[row["prompt"], *row["texts"]].append(row)
 
-    def ask(self, prompts: list, texts: list, costs: list[int], answer: Callable) -> list[dict]:
-        """A row of labels.jsonl a question: bought, or else new, by `answer(i, rewards)`."""
-        start, rows = self.queries, []
+    def ask(self, prompts: list, texts: list, costs: list, noise: Tensor | None) -> list[dict]:
+        """A row of labels.jsonl a question, a ranking if there is noise, else a duel: bought
+        already, or else asked now, kept, and counted."""
+        start, texts = self.queries, [[text.strip() for text in row] for row in texts]
         rows = [(self.bought.get((x, *y)) or [None]).pop(0) for x, y in zip(prompts, texts)]
         new = [i for i, row in enumerate(rows) if row is None]
         for part in [new[n : n + self.block_size] for n in range(0, len(new), self.block_size)]:
-            questions = [prompts[i] for i in part], [texts[i] for i in part]
-            rewards = self.score(*questions) if self.can_score() else [None] * len(part)
-            for i, reward in zip(part, rewards):
+            rewards = self.score([prompts[i] for i in part], [texts[i] for i in part])
+            for n, i in enumerate(part):
                 self.queries = start + sum(costs[:i])  # the number of the label names its coin
-                known = None if reward is None else reward.tolist()
-                rows[i] = {"prompt": prompts[i], "texts": texts[i], "rewards": known}
-                rows[i]["answer"] = answer(i, reward)
+                own = None if rewards is None else rewards[n : n + 1]  # (1, N)
+                rows[i] = {"prompt": prompts[i], "texts": texts[i]}
+                rows[i]["rewards"] = None if own is None else own[0].tolist()
+                if noise is None:
+                    rows[i]["answer"] = bool(self.prefer([prompts[i]], [texts[i]], own)[0])
+                else:
+                    require(own is not None, "this oracle has no `score`, which a ranking needs")
+                    rows[i]["answer"] = (own[0] + noise[i]).tolist()
                 if self.path:
                     with open(self.path, "a", encoding="utf-8") as file:
                         file.write(json.dumps(rows[i], ensure_ascii=False) + "\n")
@@ -336,19 +337,15 @@ class Oracle:
     def label(self, prompts: list[str], duels: list[list[str]]) -> tuple[Tensor, Tensor | None]:
         """Which duels the first of the two texts wins, (B,), at a label each; and their rewards
         (B, 2), for metrics, if the oracle scores at all."""
-
-        def answer(i: int, reward: Tensor | None) -> bool:
-            rewards = None if reward is None else reward[None]
-            return bool(self.prefer([prompts[i]], [duels[i]], rewards)[0])
-
-        rows = self.ask(prompts, duels, [1] * len(duels), answer)
-        rewards = torch.tensor([row["rewards"] for row in rows]) if self.can_score() else None
-        return torch.tensor([row["answer"] for row in rows], dtype=torch.bool), rewards
+        rows = self.ask(prompts, duels, [1] * len(duels), None)
+        rewards = [row["rewards"] for row in rows if row["rewards"]]
+        is_first = torch.tensor([row["answer"] for row in rows], dtype=torch.bool)
+        return is_first, torch.tensor(rewards) if rewards else None
 
     def rank(self, prompts: list, texts: list, noise: Tensor, costs: list[int]) -> Tensor:
         """Scores (B, N) plus `noise` (B, N), by which texts are ranked, at `costs` labels each."""
-        rows = self.ask(prompts, texts, costs, lambda i, reward: (reward + noise[i]).tolist())
-        return torch.tensor([row["answer"] for row in rows])
+        rows = self.ask(prompts, texts, costs, noise)
+        return torch.tensor([row["answer"] for row in rows]).view(noise.shape)
 
 
 class RewardModelOracle(Oracle):
@@ -367,12 +364,12 @@ class RewardModelOracle(Oracle):
 
     @torch.no_grad()
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
-        pairs = [(prompt, y) for prompt, row in zip(prompts, responses) for y in row]
-        is_chat, texts = bool(self.tokenizer.chat_template), [plain_text(*pair) for pair in pairs]
+        pairs = [(prompt, y.strip()) for prompt, row in zip(prompts, responses) for y in row]
+        is_chat, texts = bool(self.tokenizer.chat_template), [f"{x} {y}".rstrip() for x, y in pairs]
         if is_chat:
-            roles = ("user", "assistant")
-            chats = [[{"role": r, "content": text} for r, text in zip(roles, p)] for p in pairs]
-            texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
+            turns = [({"role": "user", "content": x}, {"role": "assistant", "content": y})
+                     for x, y in pairs]  # fmt: skip
+            texts = self.tokenizer.apply_chat_template(turns, tokenize=False)
         ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
         context, longest = self.model.config.max_position_embeddings, max(map(len, ids))
         require(longest <= context, f"the oracle reads {context} tokens, not {longest}")
@@ -385,11 +382,6 @@ class RewardModelOracle(Oracle):
         values = in_parts(rewards, len(ids), self.config.micro_batch_size)
         require(values.isfinite().all(), "the oracle's reward is not finite")
         return values.view(len(prompts), -1)
-
-
-def plain_text(prompt: str, response: str) -> str:
-    """What a plain reward model reads: the prompt, a space, the stripped response."""
-    return f"{prompt} {response.strip()}" if response.strip() else prompt
 
 
 # ---------------------------------------------------------------- evaluation
@@ -458,8 +450,9 @@ def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str,
     rows = zip(columns["prompt"], columns["reference"], batch.responses)
     samples = [{"prompt": x, "reference": z, "response": y[0]} for x, z, y in rows]
     metrics = {"compared_with": columns["compared_with"][0]}
-    if task.oracle.can_score():
-        rewards = task.oracle.score(columns["prompt"], batch.responses)[:, 0]  # (B,)
+    rewards = task.oracle.score(columns["prompt"], batch.responses)  # (B, 1)
+    if rewards is not None:
+        rewards = rewards[:, 0]
         metrics |= win_metrics(rewards, torch.tensor(columns["reference_reward"]))
         metrics["reward"] = reward = rewards.double().mean().item()
         metrics["objective"] = reward - config.beta * kl
@@ -493,9 +486,9 @@ def load(config: Config, oracle: Oracle | None) -> Task:
         batch = common.respond(policy, tokenizer, held_out, 1, rng, config, temperature=1.0)
         columns["reference"] = [row[0] for row in batch.responses]
     columns["compared_with"] = [compared_with] * len(held_out)
-    if oracle.can_score():
-        references = [[text] for text in columns["reference"]]
-        columns["reference_reward"] = oracle.score(columns["prompt"], references)[:, 0].tolist()
+    rewards = oracle.score(columns["prompt"], [[text] for text in columns["reference"]])  # (B, 1)
+    if rewards is not None:
+        columns["reference_reward"] = rewards[:, 0].tolist()
     limits = f"at most {config.max_prompt_length} tokens, responses at most {config.max_new_tokens}"
     print(f"policy     {config.model}, {policy.num_parameters():,} weights")
     print(f"reference  {config.ref_model}")
@@ -576,7 +569,7 @@ class Run:
         os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
     def write(self, name: str, rows: list[dict[str, Any]], mode: str = "a") -> None:
-        self.rows[name] = rows if mode == "w" else self.rows[name] + rows
+        self.rows[name] += rows if mode == "a" else []
         with open(self.folder / f"{name}.jsonl", mode, encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -596,11 +589,12 @@ class Run:
 
     def keep(self, labelled: Batch, synthetic: Batch | None = None) -> None:
         """Write pairs, chosen first, to preferences.jsonl, with their source."""
+        rows = []
         for pairs, source in ((labelled, "oracle"), (synthetic, "model")):
-            for n in range(len(pairs) if pairs else 0):
-                row = {"round": self.round, "prompt": pairs.columns["prompt"][n]}
-                row |= {"chosen": pairs.responses[n][0], "rejected": pairs.responses[n][1]}
-                self.write("preferences", [row | {"source": source}])
+            for x, y in zip(pairs.columns["prompt"], pairs.responses) if pairs else []:
+                row = {"round": self.round, "prompt": x, "chosen": y[0], "rejected": y[1]}
+                rows.append(row | {"source": source})
+        self.write("preferences", rows)
         self.counts.synthetic_pairs += len(synthetic) if synthetic else 0
 
     def log(self, metrics: dict, samples: list[dict], own: dict[str, float]) -> None:

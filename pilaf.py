@@ -270,8 +270,8 @@ def plan(config: Config) -> tuple[int, int | None]:
     num_prompts = labels // label_cost(config)
     require(num_prompts, f"--num_queries {config.planned_queries} pays for no prompt an iteration")
     num_steps = math.ceil(num_prompts / config.batch_size) * config.num_epochs
-    few = f"--warmup_steps {config.warmup_steps} cannot end in the {num_steps} steps of an iteration"
-    require(config.warmup_steps < num_steps, few)
+    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has {num_steps} steps"
+    require(config.warmup_steps < num_steps, wrong)
     added = (config.num_queries - config.planned_queries) // labels
     return num_prompts, config.num_iterations + added
 

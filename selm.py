@@ -220,8 +220,8 @@ def plan(config: Config, prompts: Batch) -> tuple[int, int]:
     few = f"{where} has {size} prompts an iteration, and --num_queries needs {num_prompts}"
     require(num_prompts <= size, few)
     num_steps = math.ceil(num_prompts / config.batch_size)
-    few = f"--warmup_steps {config.warmup_steps} cannot end in the {num_steps} steps of an iteration"
-    require(config.warmup_steps < num_steps, few)
+    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has {num_steps} steps"
+    require(config.warmup_steps < num_steps, wrong)
     return num_iterations + (config.num_queries - config.planned_queries) // labels, num_prompts
 
 
