@@ -66,9 +66,7 @@ class Config:
     gradient_checkpointing: bool = flag(False, "less memory, more time")
     prompt_column: str = flag("prompt", "of the data set")
     reference_column: str = flag("reference", "of the data set: a response to compare with")
-    resume: str | None = flag(
-        None, "continue the run in this folder, or in --output_dir", nargs="?", const=""
-    )
+    resume: str | None = flag(None, "continue this folder, or --output_dir", nargs="?", const="")
     overwrite: bool = flag(False, "delete the run in --output_dir first")
     debug: bool = flag(False, "show tracebacks")
     # --num_queries when the run began: a raised budget does not change an iteration's length.
@@ -104,26 +102,23 @@ class Config:
         return "runs/" + "-".join([*words, str(self.seed)])
 
     def take_saved_flags(self) -> None:
-        """Take the flags of the run in --output_dir. A flag that was not given cannot be told from
-        one that was given its default; any other must equal the run's, but for --num_queries."""
+        """The flags of the run in --output_dir; of those given only --num_queries may differ."""
         path = Path(self.output_dir).expanduser() / "config.json"
         require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
         saved = json.loads(path.read_text())["flags"]
         for known in [f for f in dataclasses.fields(self) if f.name not in self.unnamed[:4]]:
             given, old = getattr(self, known.name), saved[known.name]
-            if given == known.default:
+            if given == known.default:  # not given, as far as can be told
                 setattr(self, known.name, old)
-            elif known.name != "num_queries":
-                require(given == old, f"--resume: the run has --{known.name} {old}, not {given}")
-        least = saved["num_queries"]
-        require(self.num_queries >= least, f"--resume: --num_queries {least} can only be raised")
+            elif known.name != "num_queries" or given < old:
+                raise UserError(f"--resume: the run has --{known.name} {old}, not {given}")
 
 
 # ---------------------------------------------------------------- models
 
 
 def is_path(name: str) -> bool:
-    """True for a path (starts with . / ~, or exists), which never asks the hub; False for an id."""
+    """A path starts with . / ~, or exists, and never asks the hub; else it is a hub's id."""
     return name.startswith((".", "/", "~")) or os.path.exists(name)
 
 
@@ -152,8 +147,8 @@ def check_model(
     model: nn.Module, tokenizer: Any, policy_tokenizer: Any, where: str, config: Config
 ) -> None:
     """UserError for another vocabulary than the policy's, too short a context, or packed rows that
-    are misread: a response must come out the same with another one in the row as without it. ALiBi,
-    sliding windows, ignored masks and positions that cannot restart all show."""
+    are misread (ALiBi, sliding windows, ignored masks, positions that cannot restart): a response
+    must come out the same beside another one as alone."""
     is_same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
     require(is_same, f"{where} has another vocabulary than --model")
     length = config.max_prompt_length + config.max_new_tokens
@@ -164,18 +159,17 @@ def check_model(
     prompt = torch.randint(num, (1, config.max_prompt_length), generator=rng)
     responses = torch.randint(num, (1, 2, config.max_new_tokens), generator=rng)
     outputs = []
-    for ids in (responses, responses[:, 1:]):  # two responses in the row, then the second alone
-        masks = torch.ones_like(prompt), torch.ones_like(ids)
+    for ids in (responses, responses[:, 1:]):
+        row = common.packed_row(model, prompt, prompt * 0 + 1, ids, ids * 0 + 1)
         with torch.no_grad():
-            row = common.packed_row(model, prompt, masks[0], ids, masks[1])
             outputs.append(model(**row)[0][0, -config.max_new_tokens :])  # (R, V or D)
     error = ((outputs[0] - outputs[1]).abs().max() / outputs[1].std()).item()
     require(error < 1e-3, f"{where} misreads packed rows, by {error:.2g} standard deviations")
 
 
 def load_policies(config: Config) -> tuple[Any, Any, Any]:
-    """Policy, reference and tokenizer. Both models are float32 and run alike: in another precision,
-    or even with requires_grad off, which picks other kernels, log-ratios would not start at 0."""
+    """Policy, reference and tokenizer. Both models run alike: in another precision, or even with
+    requires_grad off, which picks other kernels, log-ratios would not start at 0."""
     tokenizers, models = [], []
     for flag_name, name in (("model", config.model), ("ref_model", config.ref_model)):
         where, auto_class = f"--{flag_name} {name}", transformers.AutoModelForCausalLM
@@ -206,10 +200,9 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     train = splits.pop("train", None) or splits.popitem()[1]
     held_out = splits.get("test") or splits.get("validation")
     if not held_out:
-        few = f"--dataset {config.dataset} has one row: nothing is left to hold out"
-        require(len(train) > 1, few)
-        size = len(train) - min(config.eval_prompts, len(train) // 2)
-        held_out, train = train.select(range(size, len(train))), train.select(range(size))
+        require(len(train) > 1, f"--dataset {config.dataset} has one row: none is left to hold out")
+        size = min(config.eval_prompts, len(train) // 2)
+        train, held_out = train.train_test_split(size, shuffle=False).values()
     held_out = tokenise_prompts(held_out, config, tokenizer)
     held_out = held_out.select(torch.arange(min(config.eval_prompts, len(held_out))))
     return tokenise_prompts(train, config, tokenizer), held_out
@@ -223,8 +216,8 @@ def last_text(value: Any, role: str) -> Any:
 
 
 def read_columns(rows: Any, config: Config) -> dict[str, list]:
-    """The columns that are used, by the names that the code gives them, and no others: a checkpoint
-    holds them, and a column of dates could not be loaded again."""
+    """The columns that are used, by the names that the code gives them, and no others: they go
+    into checkpoints, where a column of dates could not be read again."""
     known, where = rows.column_names, f"--dataset {config.dataset}"
     columns = {name: rows[name][:] for name in ("facts", "wrong_facts") if name in known}
     for name, role in (("prompt", "user"), ("reference", "assistant"), ("other", "assistant")):
@@ -240,9 +233,8 @@ def read_columns(rows: Any, config: Config) -> dict[str, list]:
 
 
 def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
-    """Rows of a data set as a `Batch` without responses, padded to the longest prompt; too long
-    ones are dropped, with a count. A prompt may be a list of chat messages where the model has a
-    template; the oracle reads its last user turn."""
+    """Rows of a data set as a `Batch` without responses; too long prompts are dropped. A prompt may
+    be a list of chat messages if the model has a template; the oracle reads its last user turn."""
     columns, where = read_columns(rows, config), f"--dataset {config.dataset}"
     is_chat, chats = bool(tokenizer.chat_template), rows[config.prompt_column][:]
     is_plain = all(isinstance(chat, str) for chat in chats)
@@ -257,11 +249,11 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
     if len(kept) < len(ids):
         print(f"{where}: {len(ids) - len(kept)} of {len(ids)} prompts exceed {limit}: dropped")
     columns = {name: [values[row] for row in kept] for name, values in columns.items()}
-    padded = {"input_ids": [ids[row] for row in kept]}
-    padded = tokenizer.pad(padded, padding_side="left", return_tensors="pt")
+    rows = {"input_ids": [ids[row] for row in kept]}
+    rows = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
     none = torch.zeros(len(kept), 0, config.max_new_tokens, dtype=torch.long)  # (B, N = 0, R)
-    tensors = padded["input_ids"], padded["attention_mask"]
-    return Batch(columns, *tensors, [[] for _ in kept], none, none)
+    prompts = rows["input_ids"], rows["attention_mask"]  # (B, P), (B, P)
+    return Batch(columns, *prompts, [[] for _ in kept], none, none)
 
 
 def next_prompts(prompts: Batch, start: int, count: int, seed: int) -> Batch:
@@ -275,12 +267,20 @@ def next_prompts(prompts: Batch, start: int, count: int, seed: int) -> Batch:
 # ---------------------------------------------------------------- the oracle
 
 
+def append(path: Path | None, rows: list[dict[str, Any]], mode: str = "a") -> None:
+    """Write rows to a JSONL file, if there is one; it is closed, hence flushed, at once."""
+    if path:
+        with open(path, mode, encoding="utf-8") as file:
+            for row in rows:
+                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+
+
 class Oracle:
     """The annotator. A rule, a judge or a person is a subclass with `score` or `prefer` alone.
 
-    `label` and `rank` count what they cost in `queries`; `score` is for metrics and costs nothing.
-    Each answer is appended to labels.jsonl the moment it is given. What a run had bought when it
-    was stopped is answered from there as soon as the same question comes again.
+    `label` and `rank` count what they cost in `queries`. Each answer is appended to labels.jsonl
+    the moment it is given; what a run had bought when it was stopped is answered from there as soon
+    as the same question comes again. `score` is for metrics and costs nothing.
     """
 
     block_size = 1  # questions scored at once: what comes one by one is kept one by one
@@ -303,11 +303,10 @@ class Oracle:
 
     def open(self, path: Path, num_used: int) -> None:
         """Append answers to `path`; those after the first `num_used` were bought, but not used."""
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        lines = [line for line in lines if line.endswith("\n")]  # a crash may have cut the last
-        path.write_text("".join(lines), encoding="utf-8")
+        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+        path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
         self.path, self.num_answers = path, num_used
-        for row in map(json.loads, lines[num_used:]):
+        for row in map(json.loads, lines[num_used:-1]):  # a crash may have cut the last line
             self.bought[row["prompt"], *row["texts"]].append(row)
 
     def ask(self, prompts: list, texts: list, costs: list, noise: Tensor | None) -> list[dict]:
@@ -321,16 +320,14 @@ class Oracle:
             for n, i in enumerate(part):
                 self.queries = start + sum(costs[:i])  # the number of the label names its coin
                 own = None if rewards is None else rewards[n : n + 1]  # (1, N)
-                rows[i] = {"prompt": prompts[i], "texts": texts[i]}
-                rows[i]["rewards"] = None if own is None else own[0].tolist()
                 if noise is None:
-                    rows[i]["answer"] = bool(self.prefer([prompts[i]], [texts[i]], own)[0])
+                    answer = bool(self.prefer([prompts[i]], [texts[i]], own)[0])
                 else:
                     require(own is not None, "this oracle has no `score`, which a ranking needs")
-                    rows[i]["answer"] = (own[0] + noise[i]).tolist()
-                if self.path:
-                    with open(self.path, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(rows[i], ensure_ascii=False) + "\n")
+                    answer = (own[0] + noise[i]).tolist()
+                rows[i] = {"prompt": prompts[i], "texts": texts[i], "answer": answer}
+                rows[i]["rewards"] = None if own is None else own[0].tolist()
+                append(self.path, [rows[i]])
         self.queries, self.num_answers = start + sum(costs), self.num_answers + len(rows)
         return rows
 
@@ -415,11 +412,10 @@ def win_metrics(rewards: Tensor, baseline: Tensor) -> dict[str, float]:
     """Share of rewards above their baseline (ties one half), its standard error, and the mean of
     sigmoid(reward - baseline), Eq. 1 of SEA; both (n,)."""
     wins = (rewards > baseline).double() + (rewards == baseline).double() / 2
-    return {
-        "win_rate": wins.mean().item(),
-        "win_rate_stderr": wins.std(correction=0).item() / math.sqrt(len(wins)),
-        "win_probability": (rewards - baseline).double().sigmoid().mean().item(),
-    }
+    stderr = wins.std(correction=0).item() / math.sqrt(len(wins))
+    probability = (rewards - baseline).double().sigmoid().mean().item()
+    values = {"win_rate": wins.mean().item(), "win_rate_stderr": stderr}
+    return values | {"win_probability": probability}
 
 
 def label(oracle: Oracle, duels: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -472,9 +468,9 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     """Load what a run needs, and say what it is. Without references in the data set, samples of the
     initial policy stand in."""
     folder = Path(config.output_dir).expanduser()
-    is_free = config.resume is not None or config.overwrite or not (folder / "config.json").exists()
+    is_meant = config.resume is not None or config.overwrite
     ways = f"--overwrite it, continue it with --resume {folder}, or name another --output_dir"
-    require(is_free, f"{folder} holds a run: {ways}")
+    require(is_meant or not (folder / "config.json").exists(), f"{folder} holds a run: {ways}")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else 1 GB of CPU kernels
     policy, ref_model, tokenizer = load_policies(config)
     prompts, held_out = load_prompts(config, tokenizer)
@@ -557,7 +553,7 @@ class Run:
             vars(self.counts).update(state["counts"])
             self.oracle.queries = state["queries"]
         for name, rows in self.rows.items():
-            self.write(name, rows, "w")
+            append(self.folder / f"{name}.jsonl", rows, "w")
         self.oracle.open(self.folder / "labels.jsonl", state["num_answers"])
 
     def save(self) -> None:
@@ -568,11 +564,9 @@ class Run:
         torch.save(state | {"num_answers": self.oracle.num_answers}, self.folder / "checkpoint.tmp")
         os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
-    def write(self, name: str, rows: list[dict[str, Any]], mode: str = "a") -> None:
-        self.rows[name] += rows if mode == "a" else []
-        with open(self.folder / f"{name}.jsonl", mode, encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
+        append(self.folder / f"{name}.jsonl", rows)
+        self.rows[name] += rows
 
     def evaluation_is_due(self, num_labels: int, is_forced: bool) -> bool:
         """At the start, every --eval_every labels that were trained on, and where it is forced,
@@ -665,12 +659,11 @@ def main(config_class: type[Config], train: Callable, docstring: str) -> None:
         if "--debug" in sys.argv:
             raise
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not isinstance(error, UserError):
-            names = ("model", "ref_model", "dataset", "reward_model", "erm_backbone", "output_dir")
-            values = {name: str(getattr(config, name, "")) for name in names}
-            found = [f"--{n} {v}: " for n, v in values.items() if v and v in str(error)]
-            line = f"{found[0] if found else ''}{line} ({type(error).__name__}; see --debug)"
+        if not isinstance(error, UserError):  # a library's: name the flag whose value it names
+            flags = [(n, v) for n, v in vars(config or UserError).items() if isinstance(v, str)]
+            known = [f"--{n} {v}: " for n, v in flags if len(v) > 3 and v in str(error)]
+            line = f"{known[0] if known else ''}{line} ({type(error).__name__}, see --debug)"
         if isinstance(error, torch.OutOfMemoryError):
-            line += "; a smaller --micro_batch_size needs less memory"
+            line += ": a smaller --micro_batch_size needs less memory"
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

@@ -1,10 +1,10 @@
 """PILAF: policy-interpolated sampling for preference feedback, arXiv:2502.04270v1.
 
-DPO's pairs are usually two samples of the current policy. The gradient of its loss then is not the
-gradient of what is wanted, reward minus beta times KL: a pair's weight carries a factor sigma'(gap)
-of the implicit rewards. Sampling pairs in proportion to 1 / sigma' removes it, and that is: half of
-the pairs as before, half with one response of the policy pushed away from the reference (optimism)
-and one of the policy pulled towards it. Algorithm 1 of the paper, each round:
+DPO's pairs are usually two samples of the current policy. The gradient of its loss then is not that
+of what is wanted, reward minus beta times KL: each pair carries a factor sigma'(gap) of implicit
+rewards. Sampling pairs in proportion to 1 / sigma' removes it, and that is: half of the pairs as
+before, half with one response of the policy pushed away from the reference (optimism) and one of
+the policy pulled towards it. Algorithm 1 of the paper, each round:
 
   1. receive B `prompts`
   2. toss a fair coin for each: c = (0, 0), or c = (+beta, -beta) for its two responses
@@ -22,19 +22,17 @@ teacher-forced scoring passes (not in the paper's table) and responses that the 
   hybrid            one sample of the policy, one of the reference              2, 0, 2
 
 The coin's 1/2 and the token-wise products are approximations. --importance_weights makes the
-gradient that of exact T-PILAF, for free: a pair's loss is weighted by exp(L+ + L-), the normalisers
-of its own tokens, and by 1 in the vanilla half; a large beta * KL makes the weights uneven (see
-effective_sample_size). It needs temperature 1 and c = --beta; the theory, --labels bernoulli.
+gradient that of exact T-PILAF by a weight on each pair's loss, for free; a large beta * KL makes
+the weights uneven (see effective_sample_size). The theory needs --labels bernoulli.
 
-While policy = reference, pilaf *is* vanilla, so compare samplers from a common start that has
-moved (another seed then sees other prompts), with the reference where it was:
+While policy = reference, pilaf *is* vanilla, so compare samplers from a start that has moved (with
+another seed, to see other prompts) and the reference where it was:
   python pilaf.py --sampler vanilla --num_queries 1024 --num_iterations 1 --output_dir runs/start
   python pilaf.py --seed 1 --model runs/start/model --ref_model ./tiny/sft
 (an overfitted start: --num_queries 256 --num_epochs 10 in the first).
 
 No code of the authors was found. Not known, hence our choice: learning rate, batch, response
-length, temperature, KL estimator, Bernoulli or argmax labels, how their start was overfitted, what
-an iteration is. A difference: a reward model of 1M weights, not 8B.
+length, temperature, KL estimator, label rule, how their start was overfitted, what an iteration is.
 
     python pilaf.py      # 1 minute on two CPU cores, offline. On a GPU: not measured
 
@@ -101,10 +99,10 @@ def coefficients(num_prompts: int, beta: float, rng: torch.Generator) -> Tensor:
 
 
 def interpolate(logits: Tensor, ref_logits: Tensor, c: Tensor) -> Tensor:
-    """Step 3: logits of pi^(1 + c) * pi_ref^(-c), normalised token by token. In float32.
+    """Step 3: logits of pi^(1 + c) * pi_ref^(-c), in float32: (B, N, V), (B, N) -> (B, N, V).
 
-    c = 0 is the policy, -1 the reference, c > 0 moves away from it. (B, N, V), (B, N) -> (B, N, V).
-    Temperature is applied, and tokens are masked, after this: -inf - -inf is not a number.
+    c = 0 is the policy, -1 the reference, c > 0 moves away from it. Temperature is applied, and
+    tokens are masked, after this: -inf - -inf is not a number.
     """
     wide, c = torch.promote_types(logits.dtype, torch.float32), c[..., None]  # (B, N, 1)
     mixed = (1 + c) * logits.to(wide) - c * ref_logits.to(wide)
@@ -159,22 +157,23 @@ def sample(
     rng, num = generator(config.seed, "round", number), config.num_candidates
     counts.add_samples(len(prompts) * num)
     if config.sampler == "pilaf":
-        return sample_pilaf(config, task, prompts, counts, rng, number)
+        c = coefficients(len(prompts), config.sampler_beta, generator(config.seed, "coins", number))
+        counts.decoder_streams += int((c != 0).sum())  # the reference's, beside the policy's
+        batch = interpolated_pairs(config, task, prompts, c, rng)
+        counts.add_weights(torch.tensor(batch.columns["weight"], dtype=torch.float64))
+        return batch
     if config.sampler == "hybrid":
         options = (task.tokenizer, prompts, 1, rng, config)
         return common.beside([respond(model, *options) for model in (task.policy, task.ref_model)])
     return respond(task.policy, task.tokenizer, prompts, num, rng, config)
 
 
-def sample_pilaf(
-    config: Config, task: harness.Task, prompts: Batch, counts: "Counts", rng: torch.Generator,
-    number: int,
-) -> Batch:  # fmt: skip
-    """The interpolation's two responses a prompt, with a column "weight", see `pair_weights`."""
-    coins, policy = generator(config.seed, "coins", number), task.policy
-    c = coefficients(len(prompts), config.sampler_beta, coins)  # (B, 2)
+def interpolated_pairs(
+    config: Config, task: harness.Task, prompts: Batch, c: Tensor, rng: torch.Generator
+) -> Batch:
+    """Two responses a prompt with coefficients c (B, 2); the column "weight" has `pair_weights`."""
     uniforms = torch.rand(len(prompts), 2, config.max_new_tokens, generator=rng)
-    eos = common.eos_ids(policy, task.tokenizer)
+    policy, eos = task.policy, common.eos_ids(task.policy, task.tokenizer)
 
     @torch.no_grad()
     def draw(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,10 +185,6 @@ def sample_pilaf(
         return ids, mask, pair_weights(log_z, mask[..., : log_z.shape[-1]])
 
     ids, mask, weights = common.in_parts(draw, len(prompts), config.micro_batch_size)
-    counts.decoder_streams += int((c != 0).sum())  # the reference's, beside the policy's
-    counts.num_weights += len(weights)
-    counts.weight_sum += weights.double().sum().item()
-    counts.weight_square_sum += weights.double().square().sum().item()
     batch = common.with_responses(prompts, ids, mask, task.tokenizer)
     batch.columns = batch.columns | {"weight": weights.tolist()}
     return batch
@@ -210,10 +205,8 @@ def label(
         counts.responses_read += sum(costs)
     else:
         if config.sampler == "best_of_n":
-            logps, ref_logps = (
-                frozen_logps(model, batch, config) for model in (task.policy, task.ref_model)
-            )
-            picks = common.widest_pair(config.beta * (logps - ref_logps), is_distinct)
+            logps = [frozen_logps(model, batch, config) for model in (task.policy, task.ref_model)]
+            picks = common.widest_pair(config.beta * (logps[0] - logps[1]), is_distinct)
             batch = batch.select(torch.arange(len(batch)), torch.stack(picks, dim=1))
         batch = batch.select(common.distinct(batch.responses)[:, 1].nonzero()[:, 0])
         order, online = harness.label(task.oracle, batch)  # (n, 2)
@@ -233,16 +226,19 @@ class Counts(harness.Counts):
     weight_sum: float = 0.0
     weight_square_sum: float = 0.0
 
+    def add_weights(self, weights: Tensor) -> None:
+        self.num_weights += len(weights)
+        self.weight_sum += weights.sum().item()
+        self.weight_square_sum += weights.square().sum().item()
+
     def metrics(self, config: Config) -> dict[str, float]:
         """Costs of a pair so far: decoder streams, and responses that the oracle read; with weights
         effective_sample_size: (sum w)^2 / (n sum w^2), 1 if all are equal."""
         if not self.labelled_pairs:
             return {}
-        num_pairs = self.candidates / config.num_candidates
-        metrics = {
-            "sampling_cost": self.decoder_streams / num_pairs,
-            "annotation_cost": self.responses_read / self.labelled_pairs,
-        }
+        streams = self.decoder_streams * config.num_candidates / self.candidates
+        metrics = {"sampling_cost": streams}
+        metrics["annotation_cost"] = self.responses_read / self.labelled_pairs
         if config.importance_weights:
             num_equal = self.weight_sum**2 / self.weight_square_sum
             metrics["effective_sample_size"] = num_equal / self.num_weights
@@ -261,24 +257,21 @@ def pair_loss(
     return losses * weights * counts.num_weights / counts.weight_sum
 
 
-def plan(config: Config) -> tuple[int, int | None]:
-    """Prompts of an iteration, and how many iterations the budget pays for: online a round is one,
-    and they go on until the labels are spent. Those added by --resume are as long as the others."""
+def plan(config: Config) -> tuple[int, int, int | None]:
+    """Labels a prompt, prompts of an iteration, and how many iterations the budget pays for: online
+    a round is one, and they go on until the labels are spent. Those that --resume adds with more
+    --num_queries are as long as the others."""
+    cost = config.num_candidates if config.sampler == "best_of_n_oracle" else 1
     if not config.num_iterations:
-        return config.batch_size, None
+        return cost, config.batch_size, None
     labels = config.planned_queries // config.num_iterations
-    num_prompts = labels // label_cost(config)
+    num_prompts = labels // cost
     require(num_prompts, f"--num_queries {config.planned_queries} pays for no prompt an iteration")
     num_steps = math.ceil(num_prompts / config.batch_size) * config.num_epochs
     wrong = f"--warmup_steps {config.warmup_steps}: an iteration has {num_steps} steps"
     require(config.warmup_steps < num_steps, wrong)
     added = (config.num_queries - config.planned_queries) // labels
-    return num_prompts, config.num_iterations + added
-
-
-def label_cost(config: Config) -> int:
-    """Labels a prompt: one, or a score for each of N responses."""
-    return config.num_candidates if config.sampler == "best_of_n_oracle" else 1
+    return cost, num_prompts, config.num_iterations + added
 
 
 def train_iteration(
@@ -299,7 +292,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     """PILAF, round by round, into --output_dir; the oracle is --reward_model, unless given."""
     task = harness.load(config, oracle)
     policy, oracle, counts = task.policy, task.oracle, Counts()
-    prompts_per_iteration, num_iterations = plan(config)
+    cost, prompts_per_iteration, num_iterations = plan(config)
     rounds_per_iteration = math.ceil(prompts_per_iteration / config.batch_size)
     optimizer, replay = common.start_optimizer(policy, config), common.Replay()
     parts = {"policy": policy, "optimizer": optimizer, "replay": replay}
@@ -307,7 +300,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
 
     while True:
         t, step = divmod(run.round, rounds_per_iteration)
-        num_left = (config.num_queries - oracle.queries) // label_cost(config)
+        num_left = (config.num_queries - oracle.queries) // cost
         is_last = t == num_iterations or num_left == 0
         is_milestone = is_last or config.num_iterations is not None
         if step == 0 and run.evaluation_is_due(oracle.queries, is_milestone):
