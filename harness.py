@@ -117,16 +117,20 @@ class Config:
 # ---------------------------------------------------------------- models
 
 
-def is_path(name: str) -> bool:
+def is_path(name: str, flag_name: str) -> bool:
     """A path starts with . / ~, or exists, and never asks the hub; else it is a hub's id."""
-    return name.startswith((".", "/", "~")) or os.path.exists(name)
+    if os.path.exists(os.path.expanduser(name)):
+        return True
+    is_meant = name.startswith((".", "/", "~"))
+    require(not is_meant, f"--{flag_name} {name}: nothing there, from {os.getcwd()}")
+    return False
 
 
 def load_pretrained(auto_class: Any, name: str, flag_name: str, **options: Any) -> Any:
     """`from_pretrained` without dropout, remote code or missing weights."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options |= {"local_files_only": is_path(name), "trust_remote_code": False}
+    options |= {"local_files_only": is_path(name, flag_name), "trust_remote_code": False}
     path = os.path.expanduser(name)
     if auto_class is transformers.AutoTokenizer:
         tokenizer = auto_class.from_pretrained(path, **options)
@@ -192,9 +196,7 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     name, options = os.path.expanduser(config.dataset), {}
-    is_missing = is_path(config.dataset) and not os.path.exists(name)
-    require(not is_missing, f"--dataset {config.dataset}: nothing there, from {os.getcwd()}")
-    if os.path.isfile(name):
+    if is_path(config.dataset, "dataset") and os.path.isfile(name):
         name, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
     splits = dict(datasets.load_dataset(name, **options))
     train = splits.pop("train", None) or splits.popitem()[1]
