@@ -12,6 +12,7 @@ padding may be EOS as well.
 """
 
 import dataclasses
+import inspect
 import math
 import random
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 if TYPE_CHECKING:
     from harness import Config
@@ -52,12 +53,39 @@ def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
     `function` returns a tensor, or a tuple of tensors, with an entry a row; they come back on the
     CPU.
     """
-    parts = []
-    for rows in torch.arange(count).split(size):
+
+    def on_cpu(rows: Tensor) -> list[Tensor]:
         result = function(rows)
-        parts.append([t.cpu() for t in (result if isinstance(result, tuple) else (result,))])
-    columns = [torch.cat(column) for column in zip(*parts)]
+        return [tensor.cpu() for tensor in (result if isinstance(result, tuple) else (result,))]
+
+    columns = [torch.cat(column) for column in zip(*dealt(on_cpu, count, size))]
     return tuple(columns) if len(columns) > 1 else columns[0]
+
+
+def ranks() -> tuple[int, int]:
+    """Number of this process and how many there are under torchrun; (0, 1) without it."""
+    is_on = distributed.is_available() and distributed.is_initialized()
+    return (distributed.get_rank(), distributed.get_world_size()) if is_on else (0, 1)
+
+
+def dealt(function: Callable[[Tensor], Any], count: int, size: int) -> list[Any]:
+    """`function(rows)` of all micro-batches, in order; each process computes every n-th of them and
+    sends what came out, or what went wrong, to the others. All else they do alike."""
+    rank, num_ranks = ranks()
+    parts = torch.arange(count).split(min(size, max(1, -(-count // num_ranks))))
+    if num_ranks == 1:
+        return [function(rows) for rows in parts]
+    results, error = [], None
+    try:
+        results = [function(rows) for rows in parts[rank::num_ranks]]
+    except Exception as problem:
+        error = UserError(f"process {rank}: {problem}")
+    everyone = [None] * num_ranks
+    distributed.all_gather_object(everyone, (results, error))
+    for _, error in everyone:
+        if error:
+            raise error
+    return [everyone[n % num_ranks][0][n // num_ranks] for n in range(len(parts))]
 
 
 # ---------------------------------------------------------------- B prompts x N responses
@@ -274,6 +302,15 @@ def frozen_logps(model: nn.Module, batch: Batch, config: "Config") -> Tensor:
 # ---------------------------------------------------------------- generation
 
 
+class Cache(transformers.DynamicCache):
+    """Keys and values; bfloat16 under autocast, which would have them kept in float32."""
+
+    def update(self, keys: Tensor, values: Tensor, *args: Any, **options: Any) -> Any:
+        if torch.is_autocast_enabled(keys.device.type):
+            keys, values = keys.bfloat16(), values.bfloat16()
+        return super().update(keys, values, *args, **options)
+
+
 class PackedDecoder:
     """Next-token logits of N responses a prompt, on one key/value cache a prompt.
 
@@ -282,7 +319,10 @@ class PackedDecoder:
     """
 
     def __init__(self, model: nn.Module, prompts: Batch) -> None:
-        self.model, self.cache, self.num_steps = model, transformers.DynamicCache(), 0
+        self.model, self.num_steps = model, 0
+        takes = inspect.signature(model.forward).parameters  # transformers 5.24 renamed it
+        name = "cache" if "cache" in takes else "past_key_values"
+        self.cache = {name: Cache()}
         # The prompt's last token is not in the cache: it is the first that every response reads.
         ids, mask = prompts.prompt_ids[:, :-1], prompts.prompt_mask[:, :-1]
         ids, mask = (tensor[:, mask.any(0)].to(model.device) for tensor in (ids, mask))
@@ -299,7 +339,7 @@ class PackedDecoder:
             ids,
             attention_mask=mask,
             position_ids=self.position[:, -num_new:],
-            past_key_values=self.cache,
+            **self.cache,
             use_cache=True,
             logits_to_keep=num_new if self.num_steps else 1,  # the prompt's are not looked at
         ).logits.float()
@@ -447,9 +487,8 @@ def train_step(
     """
     if not len(pairs):
         return {}
-    policy.train()
-    seen = []
-    for rows in torch.arange(len(pairs)).split(config.micro_batch_size):
+
+    def backward(rows: Tensor) -> Tensor:
         part = pairs.select(rows)
         logps, ref_logps = response_logps(policy, part), part.ref_logps.to(policy.device)  # (b, N)
         losses = pair_loss(logps, ref_logps, part)  # (b,)
@@ -458,9 +497,15 @@ def train_step(
             raise UserError(f"the loss is not finite on a pair of the prompt ...{prompt[-60:]!r}")
         (losses.sum() / len(pairs)).backward()
         implicit_rewards = config.beta * (logps - ref_logps)  # (b, N)
-        seen.append(torch.cat([losses[:, None], implicit_rewards], dim=1).detach().cpu())
-    policy.eval()
+        return torch.cat([losses[:, None], implicit_rewards], dim=1).detach().cpu()
 
+    policy.train()
+    seen = dealt(backward, len(pairs), config.micro_batch_size)
+    policy.eval()
+    if ranks()[1] > 1:
+        for weight in policy.parameters():
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            distributed.all_reduce(weight.grad)
     norm = nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
     require(norm.isfinite(), "the gradient is not finite, though the loss is")
     group = optimizer.param_groups[0]

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
 import common
@@ -269,9 +269,14 @@ def next_prompts(prompts: Batch, start: int, count: int, seed: int) -> Batch:
 # ---------------------------------------------------------------- the oracle
 
 
+def is_first() -> bool:
+    """Under torchrun the first process alone writes."""
+    return common.ranks()[0] == 0
+
+
 def append(path: Path | None, rows: list[dict[str, Any]], mode: str = "a") -> None:
     """Write rows to a JSONL file, if there is one; it is closed, hence flushed, at once."""
-    if path:
+    if path and is_first():
         with open(path, mode, encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
@@ -306,9 +311,11 @@ class Oracle:
     def open(self, path: Path, num_used: int) -> None:
         """Append answers to `path`; those after the first `num_used` were bought, but not used."""
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        path.write_text("".join(f"{line}\n" for line in lines[:-1]), encoding="utf-8")
+        rows = [json.loads(line) for line in lines[:-1]]  # a crash may have cut the last line
+        wait_for_all()
+        append(path, rows, "w")
         self.path, self.num_answers = path, num_used
-        for row in map(json.loads, lines[num_used:-1]):  # a crash may have cut the last line
+        for row in rows[num_used:]:
             self.bought[row["prompt"], *row["texts"]].append(row)
 
     def ask(self, prompts: list, texts: list, costs: list, noise: Tensor | None) -> list[dict]:
@@ -477,6 +484,8 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     policy, ref_model, tokenizer = load_policies(config)
     prompts, held_out = load_prompts(config, tokenizer)
     judge = config.reward_model if oracle is None else type(oracle).__name__
+    is_shared = oracle is None or common.ranks()[1] == 1
+    require(is_shared, "an oracle of your own would be asked by each process: run a single one")
     oracle = oracle or RewardModelOracle(config)
     columns, compared_with = held_out.columns, "reference"
     if "reference" not in columns:
@@ -530,19 +539,23 @@ class Run:
         self.table = ("win_rate", "win_rate_stderr", "reward", "kl", "objective", "gold", *table)
         self.folder = Path(config.output_dir).expanduser()
         self.round = self.idle_rounds = 0
+        self.has_header = False
         self.evaluated = None  # labels and round of the last row of metrics
         self.seen = {}  # metric -> its values in the rounds since then
         self.rows = {"metrics": [], "preferences": [], "samples": []}
-        if config.overwrite:
+        if config.overwrite and is_first():
             shutil.rmtree(self.folder, ignore_errors=True)
+        wait_for_all()
         self.folder.mkdir(parents=True, exist_ok=True)
         command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
         versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
         about = {"flags": dataclasses.asdict(config), "versions": versions, "git_commit": commit}
         self.load()
-        (self.folder / "config.json").write_text(json.dumps(about, indent=1))
-        self.bar = tqdm(total=config.num_queries, unit="label", initial=oracle.queries)
+        if is_first():
+            (self.folder / "config.json").write_text(json.dumps(about, indent=1))
+        options = {"unit": "label", "initial": oracle.queries, "disable": not is_first()}
+        self.bar, self.labelled = tqdm(total=config.num_queries, **options), oracle.queries
 
     def load(self) -> None:
         """Go back to the checkpoint, if there is one, and cut the files to what they were then."""
@@ -560,6 +573,8 @@ class Run:
 
     def save(self) -> None:
         """Write checkpoint.pt, under another name first: there is always a whole one."""
+        if not is_first():
+            return
         state = {name: part.state_dict() for name, part in self.parts.items()}
         state |= {"run": {name: vars(self)[name] for name in self.saved}}
         state |= {"counts": vars(self.counts), "queries": self.oracle.queries}
@@ -603,8 +618,9 @@ class Run:
         if is_first:
             for sample in samples[:2]:
                 tqdm.write(f"\n{sample['prompt']}\n  reference: {sample['reference']}")
-        if self.bar.n == self.bar.initial:
+        if not self.has_header:
             tqdm.write("  ".join(("queries", *(f"{name:>6}" for name in self.table))))
+            self.has_header = True
         cells = [(max(len(name), 6), row.get(name, "")) for name in self.table]
         cells = [f"{c:>{w}.3f}" if isinstance(c, float) else f"{c:>{w}}" for w, c in cells]
         tqdm.write("  ".join((f"{self.oracle.queries:7d}", *cells)))
@@ -616,11 +632,11 @@ class Run:
     def end_round(self, has_asked: bool = True) -> None:
         """Count the round; save every --checkpoint_every rounds. A policy that has collapsed to one
         text a prompt asks in vain: then stop."""
-        self.round += 1
-        is_in_vain = self.oracle.queries == self.bar.n
+        num_new, self.labelled = self.oracle.queries - self.labelled, self.oracle.queries
         if has_asked:
-            self.idle_rounds = self.idle_rounds + 1 if is_in_vain else 0
-        self.bar.update(self.oracle.queries - self.bar.n)
+            self.idle_rounds = 0 if num_new else self.idle_rounds + 1
+        self.bar.update(num_new)
+        self.round += 1
         if self.round % self.config.checkpoint_every == 0:
             self.save()
         require(self.idle_rounds < 20, "the candidates of 20 rounds all read the same: stopped")
@@ -628,6 +644,8 @@ class Run:
     def finish(self, policy: nn.Module, tokenizer: Any) -> None:
         """Write model/, and say where everything is."""
         self.bar.close()
+        if not is_first():
+            return
         policy.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")
         names = "model/, metrics.jsonl, preferences.jsonl and samples.jsonl"
@@ -647,11 +665,27 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default is None else super()._get_help_string(action)
 
 
+def join_others() -> None:
+    """Under torchrun: one GPU a process, and only the first one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        has_gpu = torch.cuda.is_available()
+        if has_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+        sys.stdout = sys.stdout if is_first() else open(os.devnull, "w")
+
+
+def wait_for_all() -> None:
+    if common.ranks()[1] > 1:
+        distributed.barrier()
+
+
 def main(config_class: type[Config], train: Callable, docstring: str) -> None:
     """Parse the command line and train. What goes wrong ends in one line and exit code 2."""
     options = {"description": docstring.splitlines()[0], "formatter_class": HelpFormatter}
     parser, config = Parser(config_class, allow_abbrev=False, **options), None
     try:
+        join_others()
         config = config_class(**vars(parser.parse_args()))
         train(config)
     except KeyboardInterrupt:
