@@ -536,10 +536,9 @@ class Run:
         self, config: Config, oracle: Oracle, parts: dict[str, Any], counts: Counts, table: tuple
     ) -> None:
         self.config, self.oracle, self.parts, self.counts = config, oracle, parts, counts
-        self.table = ("win_rate", "win_rate_stderr", "reward", "kl", "objective", "gold", *table)
+        self.table = ("win_rate", "reward", "kl", "objective", "gold", *table)  # on the screen
         self.folder = Path(config.output_dir).expanduser()
         self.round = self.idle_rounds = 0
-        self.has_header = False
         self.evaluated = None  # labels and round of the last row of metrics
         self.seen = {}  # metric -> its values in the rounds since then
         self.rows = {"metrics": [], "preferences": [], "samples": []}
@@ -618,12 +617,8 @@ class Run:
         if is_first:
             for sample in samples[:2]:
                 tqdm.write(f"\n{sample['prompt']}\n  reference: {sample['reference']}")
-        if not self.has_header:
-            tqdm.write("  ".join(("queries", *(f"{name:>6}" for name in self.table))))
-            self.has_header = True
-        cells = [(max(len(name), 6), row.get(name, "")) for name in self.table]
-        cells = [f"{c:>{w}.3f}" if isinstance(c, float) else f"{c:>{w}}" for w, c in cells]
-        tqdm.write("  ".join((f"{self.oracle.queries:7d}", *cells)))
+        cells = [f"{name} {row[name]:.3f}" for name in self.table if name in row]
+        tqdm.write("  ".join([f"labels {self.oracle.queries}", *cells]))
         for sample in samples[:2]:
             tqdm.write(f"  [{sample.get('reward', math.nan):5.2f}] {sample['response'].strip()}")
         self.seen, self.evaluated = {}, (self.oracle.queries, self.round)

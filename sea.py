@@ -28,8 +28,7 @@ so that heads overfit instead of disagreeing where there is no data; 5. counts d
 
 The paper's variants 1-7: 1 --explore passive; 2 --gamma 1; 3 the default; 4 --explore passive
 --best_of_n 10; 5 --gamma 1 --best_of_n 10; 6 --best_of_n 10; 7 --explore ee --gamma 1 --offline
---best_of_n 10 --learning_rate 0. Its baselines: --explore passive (--offline; --loss ipo or slic),
---explore apl.
+--best_of_n 10 --learning_rate 0. Baselines: --explore passive (--offline; --loss ipo, slic), apl.
 
     python sea.py        # 2 minutes on two CPU cores, offline. On a GPU: not measured
 
@@ -102,8 +101,7 @@ class EpistemicRewardModel(nn.Module):
     """E reward heads, MLPs with two hidden ReLU layers, on frozen features of D dimensions.
 
     The heads start apart, and an anchor holds each near its own start while labels are few, so they
-    disagree where there is no data: their spread stands for the posterior of Algorithm 1. LeCun
-    initialisation, zero biases; `calibrate` sets the scales. It lives on the CPU.
+    disagree where there is no data: their spread stands for the posterior of Algorithm 1.
     """
 
     num_steps, minibatch_size = 5, 128  # a round
@@ -136,13 +134,9 @@ class EpistemicRewardModel(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, features: Tensor, is_distinct: Tensor) -> None:
-        """On the first round's features (B, N, D) of distinct candidates (B, N): standardise each
-        dimension, and scale the last layer so that the reward gaps of neighbouring candidates have
-        a standard deviation over heads of `prior_std` logits (root mean square over pairs).
-
-        Nothing happens until some prompt has two distinct candidates. The released code does
-        neither.
-        """
+        """On the first features (B, N, D) with two distinct candidates (B, N) side by side:
+        standardise each dimension, and scale the last layer so that the gaps of such neighbours
+        have a standard deviation over heads of `prior_std` logits (root mean square)."""
         flat = features[is_distinct]  # (n, D)
         is_pair = is_distinct[:, 1:] & is_distinct[:, :-1]  # (B, N - 1)
         if self.is_calibrated or not is_pair.any():
@@ -159,16 +153,13 @@ class EpistemicRewardModel(nn.Module):
     def loss(self, pairs: Tensor, num_labels: int) -> Tensor:
         """Eq. 8, summed over heads, on features (n, 2, D) of chosen and rejected:
         mean_i softplus(-gap_i) + lambda / (2 N) * sum_j ((phi_j - phi0_j) / sigma_j)^2.
-
         N labels so far, sigma_j the initial standard deviation in j's layer: the weight decay of a
-        Bayesian prior, but towards each head's own start.
-        """
+        Bayesian prior, but towards each head's own start."""
         rewards = self(pairs)  # (E, n, 2)
         fit = F.softplus(rewards[..., 1] - rewards[..., 0])  # (E, n)
-        anchor = 0.0
         sigmas = (*self.sigmas, *self.sigmas)  # biases use their layer's
-        for now, start, sigma in zip((*self.weights, *self.biases), self.start, sigmas):
-            anchor = anchor + ((now - start) / sigma).square().sum()
+        trios = zip((*self.weights, *self.biases), self.start, sigmas)
+        anchor = sum(((now - start) / sigma).square().sum() for now, start, sigma in trios)
         return fit.mean(1).sum() + self.strength / (2 * num_labels) * anchor  # Eq. 8
 
     def fit(self, new_pairs: Tensor, rng: torch.Generator) -> None:
@@ -196,8 +187,8 @@ def read_features(backbone: nn.Module, batch: Batch, config: Config) -> Tensor:
     def features(rows: Tensor) -> Tensor:
         part = batch.select(rows)
         mask = part.response_mask.to(backbone.device)  # (b, N, R)
-        prompt = part.prompt_ids, part.prompt_mask
-        row = common.packed_row(backbone, *prompt, part.response_ids, part.response_mask)
+        tensors = (part.prompt_ids, part.prompt_mask, part.response_ids, part.response_mask)
+        row = common.packed_row(backbone, *tensors)
         length = common.packed_mask(mask).shape[1]  # L
         with common.autocast(backbone.device):
             states = backbone(**row)[0][:, -length:].float()  # (b, L, D)
@@ -258,8 +249,7 @@ def choose_duels(
     """Steps 3 to 5: two candidate numbers a prompt and whether the draw clashed, each (B,).
 
     `rewards` (E, B, N) are the ensemble's, or APL's implicit ones with E = 1; passive exploration
-    reads none and takes the first two candidates. A synthetic pair is a random head's best and
-    worst candidate, chosen and rejected.
+    takes the first two candidates. A synthetic pair is a random head's best and worst.
     """
     rows, is_clash = torch.arange(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
     if config.explore == "passive":
@@ -285,9 +275,8 @@ def choose_duels(
 def keep_uncertain(
     batch: Batch, policy: nn.Module, ref_model: nn.Module, config: Config
 ) -> tuple[Batch, Tensor]:
-    """APL (arXiv:2402.08114): keep the --batch_size prompts of highest predictive entropy, which is
-    estimated as minus the mean over candidates of log pi(y | x); with their implicit rewards
-    (1, B, N), of which the widest pair is asked."""
+    """APL (arXiv:2402.08114): the --batch_size prompts of highest predictive entropy, estimated as
+    minus the mean over candidates of log pi(y | x), and their implicit rewards (1, B, N)."""
     logps = frozen_logps(policy, batch, config)  # (B, N)
     kept = (-logps.mean(1)).topk(config.batch_size).indices
     batch = batch.select(kept)
