@@ -524,11 +524,9 @@ class Counts:
 
 
 class Run:
-    """The folder of a run: JSONL files, checkpoint, model; and the table on the screen.
-
-    A round's random numbers depend on the seed and the round's number alone. So a checkpoint holds
-    the state_dict of `parts`, the counts, and the rows of the files, no more.
-    """
+    """The folder of a run: JSONL files, checkpoint, model; and what the screen shows. A round's
+    random numbers depend on the seed and its number alone, so a checkpoint holds the state_dict of
+    `parts`, the counts and the rows of the files, no more."""
 
     saved = ("round", "evaluated", "seen", "rows")
 
@@ -587,10 +585,9 @@ class Run:
     def evaluation_is_due(self, num_labels: int, is_forced: bool) -> bool:
         """At the start, every --eval_every labels that were trained on, and where it is forced,
         but never twice for one round."""
-        if self.evaluated is None:
-            return True
-        (labels, number), every = self.evaluated, self.config.eval_every
-        return number < self.round and (is_forced or num_labels // every > labels // every)
+        labels, number = self.evaluated or (0, -1)
+        is_step = num_labels // self.config.eval_every > labels // self.config.eval_every
+        return number < self.round and (is_forced or is_step or number == -1)
 
     def record(self, values: dict[str, float]) -> None:
         """Keep a round's values; the next row of metrics shows their means over rounds."""
@@ -614,9 +611,8 @@ class Run:
         row = queries | {"round": self.round} | vars(self.counts) | metrics | own | means
         self.write("metrics", [row])
         self.write("samples", [queries | sample for sample in samples])
-        if is_first:
-            for sample in samples[:2]:
-                tqdm.write(f"\n{sample['prompt']}\n  reference: {sample['reference']}")
+        for sample in samples[: 2 * is_first]:
+            tqdm.write(f"\n{sample['prompt']}\n  reference: {sample['reference']}")
         cells = [f"{name} {row[name]:.3f}" for name in self.table if name in row]
         tqdm.write("  ".join([f"labels {self.oracle.queries}", *cells]))
         for sample in samples[:2]:
@@ -637,12 +633,14 @@ class Run:
         require(self.idle_rounds < 20, "the candidates of 20 rounds all read the same: stopped")
 
     def finish(self, policy: nn.Module, tokenizer: Any) -> None:
-        """Write model/, and say where everything is."""
+        """Write model/, compare the last row with the first, and say where everything is."""
         self.bar.close()
-        if not is_first():
-            return
-        policy.save_pretrained(self.folder / "model")
-        tokenizer.save_pretrained(self.folder / "model")
+        if is_first():
+            policy.save_pretrained(self.folder / "model")
+            tokenizer.save_pretrained(self.folder / "model")
+        first, last = self.rows["metrics"][0], self.rows["metrics"][-1]
+        gains = [f"{name} {last[name] - first[name]:+.3f}" for name in self.table if name in first]
+        print("since the start:", "  ".join(gains))
         names = "model/, metrics.jsonl, preferences.jsonl and samples.jsonl"
         print(f"done, {self.oracle.queries} labels: {names} are in {self.folder}")
 

@@ -349,7 +349,8 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     if config.num_heads:
         backbone, ensemble = load_ensemble(config, ref_model, tokenizer)
         parts["ensemble"] = ensemble
-    run = harness.Run(config, oracle, parts, harness.Counts(), table=("online_win_rate",))
+    table = ("online_win_rate", "ensemble_disagreement")
+    run = harness.Run(config, oracle, parts, harness.Counts(), table)
     num_prompts = config.batch_size * (4 if config.explore == "apl" else 1)
 
     while True:
