@@ -94,8 +94,7 @@ GRID = {
     # The papers' open questions.
     "gamma": {f"sea-gamma-{gamma}": f"sea.py --gamma {gamma}" for gamma in (0.5, 0.3)},
     "anchor": {
-        f"sea-anchor-{anchor}": f"sea.py --anchor {anchor} {SHORT}"
-        for anchor in (0, 0.1, 10, "released")
+        f"sea-anchor-{anchor}": f"sea.py --anchor {anchor} {SHORT}" for anchor in (0, 0.1, 10)
     },
     "variants": {
         "sea-logit-variance": f"sea.py --bai_variance logit {SHORT}",
@@ -104,8 +103,6 @@ GRID = {
         "variant-6": f"sea.py --best_of_n 10 {SHORT}",
         "variant-7": "sea.py --explore ee --gamma 1 --offline --best_of_n 10 --learning_rate 0 "
         + SHORT,
-        # Every label counts here; of 1,408 about 1,062 are of duels that sea.py would pay for.
-        "sea-oracle-synthetic": "sea.py --synthetic_labels oracle --num_queries 1408",
     },
     "noise": {
         f"{arm}-{kind}-{value}": f"notebooks/oracles.py {kind} {value} sea.py{flags} {SHORT}"

@@ -13,7 +13,7 @@ They change the answers to duels, never the scores of the metrics, nor a ranking
 scores (so not for SELM without --bonus xpo, nor best_of_n_oracle). A run is resumed as any other.
 """
 
-import argparse
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -23,7 +23,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common  # noqa: E402
+import harness  # noqa: E402
+from common import generator, require  # noqa: E402
 
 
 def number(text: str) -> float:
@@ -34,41 +35,42 @@ def number(text: str) -> float:
         return float("nan")
 
 
-class Flips(common.Oracle):
+class Flips(harness.RewardModelOracle):
     """Labels turned round with a probability, by a stream of their own."""
 
-    def __init__(self, config: common.Config, probability: str) -> None:
+    def __init__(self, config: harness.Config, probability: str) -> None:
         super().__init__(config)
         self.probability = number(probability)
         is_right = 0 <= self.probability <= 1
-        common.require(is_right, f"flips needs a probability, not {probability}")
+        require(is_right, f"flips needs a probability, not {probability}")
 
     def prefer(self, prompts: list[str], duels: list[list[str]], rewards: Tensor) -> Tensor:
-        rng = common.generator(self.config.seed, "flips", self.queries)
+        rng = generator(self.config.seed, "flips", self.queries)
         is_flipped = torch.rand(len(prompts), generator=rng) < self.probability
         return super().prefer(prompts, duels, rewards) ^ is_flipped
 
 
-class Temperature(common.Oracle):
+class Temperature(harness.RewardModelOracle):
     """Bernoulli labels of rewards divided by a temperature."""
 
-    def __init__(self, config: common.Config, temperature: str) -> None:
+    def __init__(self, config: harness.Config, temperature: str) -> None:
         super().__init__(config)
         self.temperature = number(temperature)
         is_right = self.temperature > 0 and config.labels == "bernoulli"
-        common.require(is_right, "temperature needs a number above 0 and --labels bernoulli")
+        require(is_right, "temperature needs a number above 0 and --labels bernoulli")
 
     def prefer(self, prompts: list[str], duels: list[list[str]], rewards: Tensor) -> Tensor:
         return super().prefer(prompts, duels, rewards / self.temperature)
 
 
-class Shift(common.Oracle):
+class Shift(harness.RewardModelOracle):
     """Another reward model's labels until half of the budget is spent."""
 
-    def __init__(self, config: common.Config, folder: str) -> None:
+    def __init__(self, config: harness.Config, folder: str) -> None:
         super().__init__(config)
-        before = argparse.Namespace(**vars(config) | {"reward_model": folder})
-        self.before = common.Oracle(before)
+        before = copy.copy(config)
+        before.reward_model = folder
+        self.before = harness.RewardModelOracle(before)
 
     def prefer(self, prompts: list[str], duels: list[list[str]], rewards: Tensor) -> Tensor:
         if self.queries < self.config.num_queries / 2:
@@ -83,18 +85,19 @@ def main() -> None:
     if len(sys.argv) < 4 or sys.argv[1] not in ORACLES:
         sys.exit(__doc__)
     kind, value, name = sys.argv[1:4]
-    script = importlib.import_module(Path(name).stem)
+    module = importlib.import_module(Path(name).stem)
     del sys.argv[1:4]  # what is left is the script's own
 
-    def train(config: common.Config) -> common.Run:
+    class Config(module.Config):  # its default folder is named after the oracle, too
+        script = f"{module.Config.script}-{kind}-{Path(value).name}"
+
+    def train(config: harness.Config) -> harness.Run:
         is_ranking = getattr(config, "sampler", "") == "best_of_n_oracle"
         is_ranking |= getattr(config, "bonus", "xpo") != "xpo"
-        common.require(not is_ranking, f"{kind} changes duels, and this arm asks for rankings")
-        if not any(word.startswith("--output_dir") for word in sys.argv):
-            config.output_dir += f"-{kind}-{Path(value).name}"
-        return script.train(config, ORACLES[kind](config, value))
+        require(not is_ranking, f"{kind} changes duels, and this arm asks for rankings")
+        return module.train(config, ORACLES[kind](config, value))
 
-    common.main(script.Config, train, script.__doc__)
+    harness.main(Config, train, module.__doc__)
 
 
 if __name__ == "__main__":

@@ -8,24 +8,28 @@ the choice of duels is worth, and one beside `python sea.py --explore passive` w
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import common  # noqa: E402
+import harness  # noqa: E402
 import sea  # noqa: E402
+from common import Batch  # noqa: E402
 
 choose_as_sea_does = sea.choose_duels
 
 
+class Config(sea.Config):
+    script = "random_duels"  # the default folder is named after it
+
+
 def choose_duels(
-    config: sea.Config, batch: common.Batch, rewards: Tensor, is_synthetic: Tensor, *more: Any
+    config: sea.Config, batch: Batch, rewards: Tensor, is_synthetic: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As sea.choose_duels, (B,) each; the first two candidates where the oracle is asked."""
-    first, second, _ = choose_as_sea_does(config, batch, rewards, is_synthetic, *more)
+    first, second, _ = choose_as_sea_does(config, batch, rewards, is_synthetic, rng)
     zeros = torch.zeros_like(first)
     return (
         torch.where(is_synthetic, first, zeros),
@@ -34,13 +38,11 @@ def choose_duels(
     )
 
 
-def train(config: sea.Config) -> common.Run:
+def train(config: sea.Config) -> harness.Run:
     """SEA's loop with random duels."""
     sea.choose_duels = choose_duels
-    if not any(word.startswith("--output_dir") for word in sys.argv):
-        config.output_dir += "-random-duels"
     return sea.train(config)
 
 
 if __name__ == "__main__":
-    common.main(sea.Config, train, sea.__doc__)
+    harness.main(Config, train, sea.__doc__)
