@@ -330,8 +330,8 @@ def test_stacked_and_beside_join_prompts_and_responses_as_they_were(batch):
     assert len(stacked) == 5 and stacked.ref_logps.shape == (5, 3)
     for row, old in enumerate([0, 1, 2, 2, 0]):
         assert_same_row(stacked, row, batch, old, [0, 1, 2])
-    unscored = common.stacked([replace(batch, ref_logps=None)] * 2)
-    assert unscored.ref_logps is None and len(unscored) == 6
+    unscored = common.stacked([replace(batch, ref_logps=None)])  # a part alone
+    assert unscored.ref_logps is None and len(unscored) == 3
     columns = [batch.select(torch.arange(3), torch.full((3, 1), n)) for n in (1, 0)]
     beside = common.beside([*columns, batch])
     assert beside.ref_logps is None and beside.response_ids.shape == (3, 5, 6)
