@@ -110,7 +110,7 @@ class Config:
             given, old = getattr(self, known.name), saved[known.name]
             if given == known.default:  # not given, as far as can be told
                 setattr(self, known.name, old)
-            elif known.name != "num_queries" or given < old:
+            elif given != old and (known.name != "num_queries" or given < old):
                 raise UserError(f"--resume: the run has --{known.name} {old}, not {given}")
 
 
