@@ -1,0 +1,167 @@
+"""Does every mistake end in one line and exit code 2, and is the help of help?"""
+
+import shutil
+import subprocess
+import sys
+import typing
+
+import pytest
+from test_run import ROOT, SCRIPTS, Rule, own_flags
+
+import harness
+
+
+class Halting(Rule):
+    """Somebody presses Ctrl-C while the second round is judged."""
+
+    stop_at, error = 5, KeyboardInterrupt
+
+
+@pytest.fixture
+def ends(flags, monkeypatch, capsys):
+    """Run a script's command line with changed flags; its last line and its exit code."""
+
+    def run(script: str, *words: str, oracle=None, **changes) -> tuple[str, int]:
+        given, module = own_flags(script, flags) | changes, SCRIPTS[script]
+        given = [word for n, v in given.items() if v is not None for word in (f"--{n}", str(v))]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *given, *words])
+        judge = oracle and (lambda config: module.train(config, oracle(config)))
+        with pytest.raises(SystemExit) as stop:
+            harness.main(module.Config, judge or module.train, module.__doc__)
+        printed = capsys.readouterr().err
+        assert "Traceback" not in printed
+        return printed.strip("\n").split("\n")[-1], stop.value.code
+
+    return run
+
+
+@pytest.fixture
+def refused(ends):
+    """What a command is refused with: `error: ...` on a line of its own, and exit code 2."""
+
+    def run(*words: str, **changes) -> str:
+        line, code = ends(*words, **changes)
+        assert code == 2 and line.startswith("error: ") and len(line) > 25, line
+        return line.removeprefix("error: ")
+
+    return run
+
+
+MAY_BE_0 = {
+    "seed", "learning_rate", "warmup_steps", "num_heads", "burn_in", "anchor", "best_of_n", "alpha",
+    "ranker_candidates",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_number_out_of_range_is_refused_by_name_and_0_where_it_has_no_meaning(script, refused):
+    hints = typing.get_type_hints(SCRIPTS[script].Config)
+    numbers = {n for n, hint in hints.items() if {int, float} & {hint, *typing.get_args(hint)}}
+    cases = [(name, "-1") for name in sorted(numbers - {"planned_queries"})]
+    cases += [(name, "0") for name in sorted(numbers - {"planned_queries"} - MAY_BE_0)]
+    cases += [(n, v) for n in ("beta", "learning_rate") for v in ("nan", "inf", "-inf")]
+    for name, value in cases:
+        assert refused(script, f"--{name}={value}", **{name: None}).startswith(f"--{name} ")
+    for name in ("seed", "learning_rate", "warmup_steps"):
+        assert getattr(SCRIPTS[script].Config(**{name: 0}), name) == 0
+    assert len(cases) > 30 and "at least 0" in refused(script, "--seed", "-1")
+
+
+@pytest.mark.parametrize(
+    "command, said",
+    [
+        ("pilaf --labels often", "--labels"), ("sea --seed 0.5", "--seed"),
+        ("pilaf --bet 1", "--bet"), ("selm stray", "stray"), ("sea --device abacus", "abacus"),
+        ("pilaf --resume", "holds no run"), ("sea --resume nowhere", "nowhere holds no run"),
+        ("selm --resume --overwrite", "--resume excludes --overwrite"),
+        ("selm --learning_rate_factors -1 1 1", "--learning_rate_factors"),  # goes up the loss
+        ("selm --learning_rate_factors 1 nan 1", "--learning_rate_factors"),
+    ],
+)  # fmt: skip
+def test_a_command_that_cannot_be_meant_is_refused_by_name(command, said, refused):
+    assert said in refused(*command.split())
+
+
+@pytest.mark.parametrize("name", ["model", "ref_model", "reward_model", "erm_backbone"])
+def test_a_path_is_named_with_its_flag_if_nothing_is_there_or_a_library_fails(
+    name, refused, flags, folder
+):
+    """A library names the path, of which another flag's value is a part, as ./tiny is of all."""
+    assert refused("sea", **{name: "./nowhere"}).startswith(f"--{name} ./nowhere: ")
+    damaged = folder / f"damaged_{name}"
+    shutil.copytree(own_flags("sea", flags).get(name, flags["model"]), damaged)
+    (damaged / "config.json").write_text("{")
+    assert refused("sea", **{name: damaged}).startswith(f"--{name} {damaged}: ")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("num_bytes", [0, 99])
+def test_a_model_with_a_cut_off_file_is_refused(file, num_bytes, refused, flags, tmp_path):
+    path = shutil.copytree(flags["reward_model"], tmp_path / "damaged") / file
+    path.write_bytes(path.read_bytes()[:num_bytes])
+    refused("pilaf", reward_model=path.parent)
+
+
+@pytest.mark.parametrize("text", ["", "not json\n", "[1, 2\n", '{"prompt": 1}\n{"prompt": "b"}\n'])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet", "xyz"])
+def test_a_damaged_data_set_is_refused(text, suffix, refused, tmp_path):
+    (tmp_path / f"data.{suffix}").write_text(text)
+    refused("pilaf", dataset=tmp_path / f"data.{suffix}")
+
+
+def test_a_file_where_the_folder_should_be_is_named_and_left_as_it_is(refused, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert refused("pilaf", output_dir=tmp_path / "file").startswith("--output_dir ")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_error_in_mid_run_is_not_garbled_by_the_progress_bar(refused):
+    assert "20 rounds" in refused("pilaf", temperature=1e-4)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_ctrl_c_ends_with_130_and_one_line_that_says_how_to_go_on(script, ends, flags):
+    line, code = ends(script, oracle=Halting)
+    assert code == 130 and f"--resume {flags['output_dir']}" in line
+    config = SCRIPTS[script].Config(resume=flags["output_dir"])
+    assert SCRIPTS[script].train(config, Rule(config)).oracle.queries == config.num_queries
+
+
+def test_debug_shows_where_a_mistake_was_found(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pilaf.py", "--model", "./nowhere", "--debug"])
+    with pytest.raises(Exception, match="nowhere"):
+        harness.main(SCRIPTS["pilaf"].Config, SCRIPTS["pilaf"].train, "title")
+
+
+def test_a_machine_without_git_trains_too(flags, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert SCRIPTS["pilaf"].train(SCRIPTS["pilaf"].Config(**flags)).oracle.queries == 12
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_explains_each_flag_and_shows_no_default_of_none(script, capsys, monkeypatch):
+    module = SCRIPTS[script]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        harness.main(module.Config, module.train, module.__doc__)
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "None" not in text and text.count("(default: ") > 20
+    assert "reference of the loss" not in text  # SELM's is another
+    known = [field for field in module.Config.__dataclass_fields__.values() if field.init]
+    assert all(f"--{field.name} " in text and field.metadata["help"] for field in known)
+
+
+def test_importing_the_scripts_has_no_side_effects(tmp_path):
+    code = """
+import os, torch
+def state():
+    return dict(os.environ), torch.initial_seed(), torch.get_num_threads(), torch.is_grad_enabled()
+torch.manual_seed(7)
+before = state()
+import sea, selm, pilaf
+assert state() == before
+"""
+    options = {"env": {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}, "cwd": tmp_path}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, **options)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,205 @@
+"""Is the annotator asked, paid and believed as it should be? Oracles of one's own, and labels."""
+
+import contextlib
+import importlib.util
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import contents, rows
+from test_run import SCRIPTS, Rule, Stopped, config_of, stops, train, write
+
+import common
+import harness
+
+CLASSIFIER = transformers.AutoModelForSequenceClassification
+JUDGES = '''
+import torch
+from harness import Oracle
+
+class Longer(Oracle):
+    """Scores alone."""
+
+    def score(self, prompts, responses):
+        return torch.tensor([[len(text) for text in row] for row in responses])
+
+class Alphabetical(Oracle):
+    """Compares alone, as a person would."""
+
+    def prefer(self, prompts, duels, rewards):
+        assert rewards is None
+        return torch.tensor([first < second for first, second in duels])
+'''
+
+
+def labels_of(config: harness.Config, gap: float, *nums: int) -> torch.Tensor:
+    """Which duels the first text won, in rounds of so many, where it is scored `gap` higher."""
+    scores = {"score": lambda self, x, y: torch.tensor([[gap, 0.0]]).repeat(len(x), 1)}
+    oracle = type("Constant", (harness.Oracle,), scores)(config)
+    labels = [oracle.label(["x"] * num, [["a", "b"]] * num)[0] for num in nums]
+    assert oracle.queries == sum(nums)
+    return torch.cat(labels)
+
+
+@pytest.mark.parametrize("gap", [-1.0, 0.0, 2.0])
+def test_bernoulli_labels_have_the_frequency_of_bradley_terry(gap, flags):
+    rate = labels_of(config_of("pilaf", flags), gap, 4000).double().mean().item()
+    expected = math.exp(gap) / (math.exp(gap) + 1)
+    assert rate == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / 4000))
+
+
+def test_argmax_takes_the_larger_reward_however_close_and_tosses_a_coin_for_a_tie(flags):
+    config = config_of("pilaf", flags, labels="argmax")
+    assert labels_of(config, 1e-6, 100).all() and not labels_of(config, -1e-6, 100).any()
+    assert labels_of(config, 0.0, 2000).double().mean().item() == pytest.approx(0.5, abs=0.045)
+
+
+def test_the_coins_differ_from_label_to_label_from_round_to_round_and_with_the_seed(flags):
+    config = config_of("pilaf", flags)
+    coins, again = labels_of(config, 0.0, 64, 64), labels_of(config, 0.0, 128)
+    other = labels_of(config_of("pilaf", flags, seed=1), 0.0, 128)
+    assert torch.equal(coins, again)  # two rounds of 64 are one of 128
+    for a, b in ((coins[:64], coins[64:]), (coins[1:], coins[:-1]), (coins, other)):
+        assert 0.25 < (a != b).double().mean() < 0.75
+
+
+@pytest.fixture
+def judges(tmp_path, monkeypatch):
+    """Two oracles that are defined in another folder, which is the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("judges.py").write_text(JUDGES)
+    spec = importlib.util.spec_from_file_location("judges", "judges.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "script, arm, judge",
+    [
+        ("sea", {}, "Longer"), ("selm", {}, "Longer"), ("pilaf", {}, "Longer"),
+        ("sea", {}, "Alphabetical"), ("selm", {"bonus": "xpo", "num_queries": 12}, "Alphabetical"),
+        ("pilaf", {}, "Alphabetical"),
+    ],
+)  # fmt: skip
+def test_score_alone_or_prefer_alone_makes_an_oracle_that_needs_no_reward_model(
+    script, arm, judge, judges, flags
+):
+    flags |= {"reward_model": "./tiny/reward_model"}  # the default, which is not in this folder
+    folder = train(script, flags, getattr(judges, judge), labels="argmax", **arm)
+    pairs = [row for row in rows(folder / "preferences.jsonl") if row["source"] == "oracle"]
+    texts = [(row["chosen"].strip(), row["rejected"].strip()) for row in pairs]
+    is_right = {"Longer": lambda a, b: len(a) >= len(b), "Alphabetical": lambda a, b: a < b}
+    assert len(texts) == 12 and all(is_right[judge](*pair) for pair in texts)
+    last = rows(folder / "metrics.jsonl")[-1]
+    assert ({"win_rate", "reward"} <= last.keys()) == (judge == "Longer") and "kl" in last
+
+
+def test_a_ranking_needs_scores(judges, flags):
+    with pytest.raises(common.UserError, match="score"):
+        train("selm", flags, judges.Alphabetical)
+
+
+class Watched(Rule):
+    """Before each question it looks at the file: all answers so far are there."""
+
+    num_before = None
+
+    def score(self, prompts, responses):
+        if len(responses[0]) > 1:
+            num_lines = len(rows(Path(self.config.output_dir) / "labels.jsonl"))
+            self.num_before = num_lines if self.num_before is None else self.num_before
+            assert num_lines == self.num_before + len(self.asked)
+        return super().score(prompts, responses)
+
+
+def ask(script: str, flags: dict, patience: int | None = None, **more) -> list[tuple]:
+    """Train until a judge's patience is at an end, if it ever is; what it was asked."""
+    config = config_of(script, flags, **more)
+    oracle = Watched(config)
+    oracle.stop_at = patience
+    with contextlib.nullcontext() if patience is None else pytest.raises(Stopped):
+        SCRIPTS[script].train(config, oracle)
+    return oracle.asked
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("every", [1, 1000])
+def test_an_oracle_that_fails_again_and_again_is_asked_nothing_twice(
+    script, every, flags, tmp_path
+):
+    """And the files are those of a run in which it never failed."""
+    more = {"checkpoint_every": every, "eval_every": 4 * every}
+    more |= {"num_iterations": 1} if script == "selm" else {}
+    expected = ask(script, flags, **more, output_dir=str(tmp_path / "whole"))
+    asked = ask(script, flags, 5, **more)
+    for patience in (3, 3, 0, None):
+        asked += ask(script, flags, patience, **more, resume="")
+    assert asked == expected and len(set(asked)) == 12
+    assert contents(Path(flags["output_dir"])) == contents(tmp_path / "whole")
+
+
+def test_a_half_written_last_line_is_dropped_and_its_question_asked_again(flags, tmp_path):
+    ask("pilaf", flags, output_dir=str(tmp_path / "whole"))
+    asked, path = ask("pilaf", flags, 6), Path(flags["output_dir"]) / "labels.jsonl"
+    path.write_bytes(path.read_bytes()[:-7])
+    again = ask("pilaf", flags, resume="")
+    assert again[0] == asked[-1] and len(asked + again) == 13
+    assert contents(path.parent) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_texts_with_line_separators_survive_a_crash(script, flags, tmp_path):
+    """U+2028 and U+0085, which web pages are full of, end a line in Python, but not in a file."""
+    text = "cat\u2028sat\x85on\x1c a\x0bmat \U0001f408"
+    table = [dict(prompt=f"{text} {i}", reference=text, other="a" + text) for i in range(60)]
+    more = dict(dataset=write(tmp_path / "data.jsonl", table), max_prompt_length=100)
+    more |= {"erm_backbone": "reference"} if script == "sea" else {}
+    whole = train(script, flags, Rule, **more, output_dir=str(tmp_path / "whole"))
+    with pytest.raises(Stopped):
+        train(script, flags, stops(6), **more)
+    assert contents(train(script, flags, Rule, **more, resume="")) == contents(whole)
+
+
+TEMPLATE = "<|start|>{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template, start, end",
+    [(None, "<|start|>Why?", ""), (TEMPLATE, "<|start|><user>Why?</><assistant>", "</>")],
+)
+@pytest.mark.parametrize("size", [1, 3, 64])
+def test_a_score_is_one_unbatched_forward_of_a_text_with_one_bos(
+    template, start, end, size, flags, tmp_path
+):
+    """A plain model reads prompt, space and stripped response behind its tokenizer's BOS; a chat
+    model reads its template, which has the BOS already. Scoring costs no label."""
+    name = str(shutil.copytree(flags["reward_model"], tmp_path / "rm"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(name)
+    config = config_of("pilaf", flags, reward_model=name, micro_batch_size=size)
+    oracle = harness.RewardModelOracle(config)
+    found = oracle.score(["Why?", "Why?"], [["Because.", " "], [" A cat sat\n", ""]])
+    model, rewards = CLASSIFIER.from_pretrained(name), []
+    for text in ("Because.", "", "A cat sat", ""):
+        text = start + (" " if text and not template else "") + text + end
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids[0] == 1 and ids.count(1) == 1
+        rewards.append(model(torch.tensor([ids])).logits.item())
+    assert found.flatten().tolist() == pytest.approx(rewards, abs=1e-5)
+    assert found.shape == (2, 2) and len(set(rewards)) == 3 and oracle.queries == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_reward_that_is_not_finite_is_an_error(value, flags, tmp_path):
+    name = str(shutil.copytree(flags["reward_model"], tmp_path / "rm"))
+    model = CLASSIFIER.from_pretrained(name)
+    with torch.no_grad():
+        model.score.weight[0, 0] = value
+    model.save_pretrained(name)
+    with pytest.raises(common.UserError, match="not finite"):
+        train("pilaf", flags, reward_model=name)

@@ -1,0 +1,209 @@
+"""Is what is documented true? Files, flags, commands, tables, logged keys, sizes; and do the
+scripts run as they are shipped, without a network?"""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from conftest import rows
+
+import common
+import harness
+import pilaf
+import sea
+import selm
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SCRIPTS = {"sea": sea, "selm": selm, "pilaf": pilaf}
+MODULES = {"common": common, "harness": harness, **SCRIPTS}
+FLAGS = {field.name for script in SCRIPTS.values() for field in fields(script.Config)}
+TREES = {name: ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")) for name in MODULES}
+COMMANDS = re.findall(r"python (\w+)\.py(.*)", "\n".join(re.findall(r"^    .*", README, re.M)))
+DOCSTRINGS = {name: re.findall(r"^ +python (\w+)\.py(.*)", SCRIPTS[name].__doc__, re.M)
+              for name in SCRIPTS}  # fmt: skip
+EACH = pytest.mark.parametrize("name", SCRIPTS)
+
+
+def nodes(kind: type, *names: str) -> list:
+    return [n for name in names or TREES for n in ast.walk(TREES[name]) if isinstance(n, kind)]
+
+
+def num_lines(node: ast.AST) -> int:
+    return node.end_lineno - node.lineno + 1
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize(
+    "name, most", {"common": 450, "harness": 520, "sea": 390, "selm": 310, "pilaf": 300}.items()
+)
+def test_a_file_stays_within_its_lines(name, most):
+    assert len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= most
+
+
+def test_every_function_has_at_most_sixty_lines_and_types():
+    for node in nodes(ast.FunctionDef):
+        assert num_lines(node) <= 60, node.name
+        assert node.returns is not None, node.name
+        for argument in node.args.args:
+            assert argument.annotation or argument.arg == "self", (node.name, argument.arg)
+
+
+def test_the_class_of_the_runs_folder_is_small():
+    (run,) = [node for node in nodes(ast.ClassDef, "harness") if node.name == "Run"]
+    assert num_lines(run) <= 120
+    assert sum(isinstance(node, ast.FunctionDef) for node in run.body) <= 10
+
+
+def test_the_tests_have_at_most_4000_lines():
+    files = [path for path in (ROOT / "tests").glob("*.py") if path.name != "benchmark.py"]
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 4000
+
+
+# ---------------------------------------------------------------- flags, commands, paths, tables
+
+
+@EACH
+def test_help_lists_every_flag(name):
+    command = [sys.executable, ROOT / f"{name}.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    for field in fields(SCRIPTS[name].Config):
+        assert f"--{field.name}" in done.stdout or not field.init
+        assert field.metadata.get("help") or not field.init
+
+
+@pytest.mark.parametrize("name, words", [*COMMANDS, *sum(DOCSTRINGS.values(), [])])
+def test_a_documented_command_is_taken_by_the_real_parser(name, words, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config_class = SCRIPTS[name].Config
+    parser = harness.Parser(config_class, allow_abbrev=False)
+    config = config_class(**vars(parser.parse_args(shlex.split(words, comments=True))))
+    assert config.output_dir
+
+
+def test_readme_and_each_docstring_name_commands():
+    assert len(COMMANDS) >= 3 and all(DOCSTRINGS.values())
+    assert "pip install -r requirements.txt && python sea.py" in README
+    tests = "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest"
+    assert tests in README
+
+
+def test_flags_that_documents_name_exist():
+    make = set(re.findall(r'"--(\w+)"', (ROOT / "tiny" / "make.py").read_text(encoding="utf-8")))
+    known = FLAGS | make | {"help", "nproc_per_node"}
+    for text in (README, *(module.__doc__ for module in MODULES.values())):
+        assert set(re.findall(r"--([a-z_]+)", text)) <= known
+
+
+def test_every_flag_is_read_outside_of_the_flags_themselves():
+    checks = {id(node) for config in nodes(ast.ClassDef) if config.name == "Config"
+              for node in ast.walk(config)}  # fmt: skip
+    read = {node.attr for node in nodes(ast.Attribute) if id(node) not in checks}
+    elsewhere = {"debug", "reference_column", "other_column"}  # in sys.argv; by a computed name
+    assert FLAGS - read == elsewhere
+
+
+def test_paths_that_the_readme_names_exist():
+    names = re.findall(r"`((?:[\w-]+/)*[\w-]+\.(?:py|txt|md|ipynb))`", README)
+    assert len(names) >= 10
+    for name in names:
+        assert (ROOT / name).exists() or (ROOT / "notebooks" / name).exists(), name
+
+
+def test_the_equation_table_names_functions_and_tests_that_exist():
+    row = r"^\| .*? \| `(\w+)\.py`: `([\w.]+)` \| `(tests/\w+\.py)::(\w+)` \|$"
+    table = re.findall(row, README, re.M)
+    assert len(table) >= 20
+    for module, name, file, test in table:
+        value = MODULES[module]
+        for part in name.split("."):
+            value = getattr(value, part)
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        assert test in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+
+
+def test_the_readmes_own_oracle_trains(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"^    import .*?^    \w+\.train\(.*?\)$", README, re.M | re.S)
+    folder, shorter = str(tmp_path / "run"), "num_queries=8, eval_prompts=4"
+    code = code.replace("num_queries=256", shorter).replace("runs/shortest", folder)
+    exec("\n".join(line[4:] for line in code.splitlines()), {})
+    lengths = [(len(row["chosen"].strip()), len(row["rejected"].strip()))
+               for row in rows(tmp_path / "run" / "preferences.jsonl")]  # fmt: skip
+    assert len(lengths) == 8
+    assert sum(chosen < rejected for chosen, rejected in lengths) >= 6  # labels are noisy
+
+
+# ---------------------------------------------------------------- the scripts as they are shipped
+
+
+@EACH
+def test_importing_a_script_has_no_side_effects(name, tmp_path):
+    code = (
+        "import os, random, sys, torch, transformers, tqdm\n"
+        "def state():\n"
+        "    threads, out = torch.get_num_threads(), (sys.stdout, sys.stderr, tuple(sys.argv))\n"
+        "    seeds = random.getstate(), torch.random.get_rng_state().tolist()\n"
+        "    level = transformers.logging.get_verbosity()\n"
+        "    return dict(os.environ), os.getcwd(), os.listdir(), threads, out, seeds, level\n"
+        f"before = state()\nimport {name}\nprint(state() == before)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "True\n"
+
+
+FEW = "--num_queries 12 --eval_prompts 4 --eval_every 4 --warmup_steps 0"
+MORE = {
+    "sea": "--burn_in 4 --best_of_n 2 --batch_size 4 --explore ee",
+    "selm": "--num_iterations 2 --batch_size 2",
+    "pilaf": "--importance_weights --num_iterations 2 --batch_size 4",
+}
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def ended(request, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    """A short run on tiny/, from the clone's folder, in a process whose sockets are shut."""
+    folder, name = tmp_path_factory.mktemp(request.param) / "run", request.param
+    words = [*shlex.split(f"{FEW} {MORE[name]}"), "--output_dir", str(folder)]
+    code = (
+        "import socket, sys\n"
+        "def shut(*_): raise OSError('network')\n"
+        "socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = shut\n"
+        f"import {name} as script, harness\n"
+        f"sys.argv = ['script.py', *{words}]\n"
+        "harness.main(script.Config, script.train, script.__doc__)\n"
+    )
+    command = [sys.executable, "-c", code]
+    return folder, subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_script_runs_on_tiny_without_a_network(ended):
+    folder, done = ended
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "network" not in done.stderr
+    names = {path.name for path in folder.iterdir()}
+    files = {f"{name}.jsonl" for name in ("metrics", "preferences", "samples", "labels")}
+    assert names == files | {"config.json", "checkpoint.pt", "model"}
+    for name in names - {"checkpoint.pt"}:
+        assert f"`{name}" in README, name
+
+
+def test_every_key_of_metrics_is_explained_in_the_readme(ended):
+    keys = {key.removeprefix("best_of_n_") for row in rows(ended[0] / "metrics.jsonl")
+            for key in row}  # fmt: skip
+    assert {"queries", "round", "win_rate", "kl", "loss", "truncated"} <= keys
+    unexplained = {key for key in keys if f"`{key}`" not in README}
+    assert not unexplained
