@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -99,7 +100,10 @@ class Config:
             value = getattr(self, known.name)
             if value != known.default and known.name not in (self.arm, *self.unnamed):
                 words.append(known.name + "=" + re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)))
-        return "runs/" + "-".join([*words, str(self.seed)])
+        name = "-".join(words)
+        if len(name) > 200:  # longer names are more than a disk may take
+            name = f"{name[:190]}-{zlib.crc32(name.encode()):08x}"
+        return f"runs/{name}-{self.seed}"
 
     def take_saved_flags(self) -> None:
         """The flags of the run in --output_dir; of those given only --num_queries may differ."""
@@ -151,8 +155,8 @@ def check_model(
     model: nn.Module, tokenizer: Any, policy_tokenizer: Any, where: str, config: Config
 ) -> None:
     """UserError for another vocabulary than the policy's, too short a context, or packed rows that
-    are misread (ALiBi, sliding windows, ignored masks, positions that cannot restart): a response
-    must come out the same beside another one as alone."""
+    are misread: ALiBi, sliding windows, ignored masks and positions that cannot restart show when a
+    response beside another one is compared with a plain row."""
     is_same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
     require(is_same, f"{where} has another vocabulary than --model")
     length = config.max_prompt_length + config.max_new_tokens
@@ -162,12 +166,14 @@ def check_model(
     rng, num = generator(0, "packing"), model.get_input_embeddings().num_embeddings
     prompt = torch.randint(num, (1, config.max_prompt_length), generator=rng)
     responses = torch.randint(num, (1, 2, config.max_new_tokens), generator=rng)
-    outputs = []
-    for ids in (responses, responses[:, 1:]):
-        row = common.packed_row(model, prompt, prompt * 0 + 1, ids, ids * 0 + 1)
+    row = common.packed_row(model, prompt, prompt * 0 + 1, responses, responses * 0 + 1)
+    rows = {"input_ids": torch.cat([prompt, responses[:, 1]], dim=1).to(model.device)}, row
+    try:
         with torch.no_grad():
-            outputs.append(model(**row)[0][0, -config.max_new_tokens :])  # (R, V or D)
-    error = ((outputs[0] - outputs[1]).abs().max() / outputs[1].std()).item()
+            plain, packed = (model(**r)[0][0, -config.max_new_tokens :] for r in rows)  # (R, V)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"{where} cannot read packed rows: {error}") from error
+    error = ((packed - plain).abs().max() / plain.std()).item()
     require(error < 1e-3, f"{where} misreads packed rows, by {error:.2g} standard deviations")
 
 
@@ -214,16 +220,18 @@ def last_text(value: Any, role: str) -> Any:
     """A text as it is; of a list of chat messages, the last one of that role."""
     if not isinstance(value, list):
         return value
-    return ([None] + [turn["content"] for turn in value if turn.get("role") == role])[-1]
+    turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == role]
+    return turns[-1].get("content") if turns else None
 
 
 def read_columns(rows: Any, config: Config) -> dict[str, list]:
     """The columns that are used, by the names that the code gives them, and no others: they go
     into checkpoints, where a column of dates could not be read again."""
     known, where = rows.column_names, f"--dataset {config.dataset}"
-    columns = {name: rows[name][:] for name in ("facts", "wrong_facts") if name in known}
+    gold = ("facts", "wrong_facts")
+    columns = {name: rows[name][:] for name in gold} if set(gold) <= set(known) else {}
     for name, role in (("prompt", "user"), ("reference", "assistant"), ("other", "assistant")):
-        wanted, default = (getattr(c, f"{name}_column", name) for c in (config, type(config)))
+        wanted, default = (getattr(c, f"{name}_column", None) for c in (config, type(config)))
         if wanted in known:
             columns[name] = [last_text(value, role) for value in rows[wanted][:]]
             for row, text in enumerate(columns[name]):
@@ -504,7 +512,8 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     print(f"run        {config.num_queries} labels into {folder}, on {config.device}")
     for name in ("ref_model", "dataset", "reward_model", "erm_backbone"):
         value = str(getattr(config, name, ""))
-        if value.startswith("./tiny") and not config.model.startswith("./tiny"):
+        is_used = name != "reward_model" or judge == value
+        if value.startswith("./tiny") and is_used and not config.model.startswith("./tiny"):
             print(f"note       --{name} {value} was made for this miniature world, not for --model")
     return Task(policy, ref_model, tokenizer, prompts, held_out, oracle)
 
@@ -540,12 +549,13 @@ class Run:
         self.evaluated = None  # labels and round of the last row of metrics
         self.seen = {}  # metric -> its values in the rounds since then
         self.rows = {"metrics": [], "preferences": [], "samples": []}
-        if config.overwrite and is_first():
+        if config.overwrite and is_first() and (self.folder / "config.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
         wait_for_all()
         self.folder.mkdir(parents=True, exist_ok=True)
         command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        has_git, options = shutil.which("git"), {"capture_output": True, "text": True}
+        commit = subprocess.run(command, **options).stdout.strip() if has_git else None
         versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
         about = {"flags": dataclasses.asdict(config), "versions": versions, "git_commit": commit}
         self.load()
@@ -690,9 +700,13 @@ def main(config_class: type[Config], train: Callable, docstring: str) -> None:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not isinstance(error, UserError):  # a library's: name the flag whose value it names
             flags = [(n, v) for n, v in vars(config or UserError).items() if isinstance(v, str)]
-            known = [f"--{n} {v}: " for n, v in flags if len(v) > 3 and v in str(error)]
-            line = f"{known[0] if known else ''}{line} ({type(error).__name__}, see --debug)"
+            known = [flag for flag in flags if len(flag[1]) > 3 and flag[1] in str(error)]
+            name, value = max(known, key=lambda flag: len(flag[1]), default=("", ""))
+            line = f"--{name} {value}: {line}" if name else line
+            line += f" ({type(error).__name__}, see --debug)"
         if isinstance(error, torch.OutOfMemoryError):
             line += ": a smaller --micro_batch_size needs less memory"
+        for bar in list(tqdm._instances):  # so that the error has a line of its own
+            bar.close()
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

@@ -76,7 +76,9 @@ class Config(harness.Config):
         is_right = self.bonus != "none" or self.alpha == 0
         require(is_right, f"--alpha {self.alpha} contradicts --bonus none")
         is_right = len(self.learning_rate_factors) == self.num_iterations
-        require(is_right, f"--learning_rate_factors: {self.num_iterations} numbers are needed")
+        is_right &= all(0 < factor < math.inf for factor in self.learning_rate_factors)
+        wrong = f"--learning_rate_factors: {self.num_iterations} numbers above 0 are needed"
+        require(is_right, wrong)
         is_right = self.bonus != "xpo" or self.ranker_candidates is None
         require(is_right, "--ranker_candidates contradicts --bonus xpo, which ranks nothing")
 
