@@ -55,7 +55,7 @@ from harness import evaluate, flag, next_prompts
 class Config(harness.Config):
     """SEA's flags; a default of None depends on --explore."""
 
-    explore: Literal["bai", "ee", "uncertainty", "passive", "apl"] = flag(
+    explore: Literal["bai", "ee", "uncertainty", "best_two", "passive", "apl"] = flag(
         "bai", "how duels are chosen: SEA for paid labels, SEA for users, or a baseline"
     )
     num_candidates: int | None = flag(None, "M, responses a prompt (20; apl 8; passive 2)")
@@ -243,6 +243,13 @@ def most_uncertain_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, T
     return flat // num, flat % num
 
 
+def best_two(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
+    """The best and the second best distinct candidate, (B, N) -> (B,), (B,). By the mean head it
+    exploits without a thought for uncertainty: SEA's control."""
+    first, second = rewards.masked_fill(~is_distinct, -math.inf).topk(2).indices.T
+    return first, second
+
+
 def choose_duels(
     config: Config, batch: Batch, rewards: Tensor | None, is_synthetic: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,6 +268,8 @@ def choose_duels(
         return best, worst, is_clash
     if config.explore == "uncertainty":
         first, second = most_uncertain_pair(rewards, is_distinct)
+    elif config.explore == "best_two":
+        first, second = best_two(rewards.mean(0), is_distinct)
     else:
         first = thompson_first(rewards, heads, is_distinct)
     if config.explore == "bai":
