@@ -228,7 +228,7 @@ def read_columns(rows: Any, config: Config) -> dict[str, list]:
     """The columns that are used, by the names that the code gives them, and no others: they go
     into checkpoints, where a column of dates could not be read again."""
     known, where = rows.column_names, f"--dataset {config.dataset}"
-    gold = ("facts", "wrong_facts")
+    gold = ("wanted", "wrong", "clutter")
     columns = {name: rows[name][:] for name in gold} if set(gold) <= set(known) else {}
     for name, role in (("prompt", "user"), ("reference", "assistant"), ("other", "assistant")):
         wanted, default = (getattr(c, f"{name}_column", None) for c in (config, type(config)))
@@ -413,16 +413,18 @@ class Task:
     oracle: Oracle
 
 
-def gold_score(response: str, facts: list[str], wrong_facts: list[str]) -> float:
-    """Facts that the response states, minus wrong ones, minus 0.1 a word: the quality behind the
-    labels that the oracle was trained on. Case and punctuation do not count."""
+def gold_score(response: str, wanted: list[str], wrong: list[str], clutter: list[str]) -> float:
+    """The quality behind the labels that tiny/'s oracle was trained on: 1.5 for each wanted fact
+    that the response states, -1.5 for each wrong version of one, -0.5 for any other fact, -0.1 a
+    word. Case and punctuation do not count."""
 
     def plain(text: str) -> str:
         return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
 
     text = plain(response)
-    num_right, num_wrong = (sum(plain(f) in text for f in kind) for kind in (facts, wrong_facts))
-    return num_right - num_wrong - 0.1 * len(text.split())
+    kinds = (wanted, wrong, clutter)
+    right, false, other = (sum(plain(fact) in text for fact in facts) for facts in kinds)
+    return 1.5 * right - 1.5 * false - 0.5 * other - 0.1 * len(text.split())
 
 
 def win_metrics(rewards: Tensor, baseline: Tensor) -> dict[str, float]:
@@ -470,9 +472,9 @@ def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str,
         metrics["reward"] = reward = rewards.double().mean().item()
         metrics["objective"] = reward - config.beta * kl
         samples = [row | {"reward": r} for row, r in zip(samples, rewards.tolist())]
-    if "facts" in columns:
-        facts = zip(samples, columns["facts"], columns["wrong_facts"])
-        samples = [row | {"gold": gold_score(row["response"], *kinds)} for row, *kinds in facts]
+    if "wanted" in columns:
+        facts = zip(samples, columns["wanted"], columns["wrong"], columns["clutter"])
+        samples = [row | {"gold": gold_score(row["response"], *texts)} for row, *texts in facts]
         metrics["gold"] = sum(row["gold"] for row in samples) / len(samples)
     metrics |= {"kl": kl, "length": batch.response_mask.sum(-1).double().mean().item()}
     return metrics | {"truncated": is_cut.double().mean().item()}, samples
