@@ -109,9 +109,7 @@ def chatty(tmp_path) -> str:
     return save(make_model(CAUSAL, "llama", 1), tmp_path / "chatty", chat_template=TEMPLATE)
 
 
-def test_a_chat_is_read_by_the_template_and_judged_by_its_last_user_turn(
-    chatty, flags, tmp_path
-):
+def test_a_chat_is_read_by_the_template_and_judged_by_its_last_user_turn(chatty, flags, tmp_path):
     chats = [chat("Hi", "Yes?", f"Why {i}?") for i in range(20)]
     table = [dict(prompt=c, reference=chat("x", f"So {i}")) for i, c in enumerate(chats)]
     data = write(tmp_path / "chats.jsonl", table)
@@ -139,8 +137,7 @@ def test_a_text_becomes_the_user_turn_and_a_chat_without_one_is_refused(chatty, 
 
 def gpt2(num_positions: int = 128) -> torch.nn.Module:
     sizes = dict(vocab_size=300, n_embd=32, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=0)
-    config = transformers.GPT2Config(**sizes, n_positions=num_positions)
-    return CAUSAL.from_config(config)
+    return CAUSAL.from_config(transformers.GPT2Config(**sizes, n_positions=num_positions))
 
 
 def test_a_model_with_learned_positions_trains_and_its_kl_starts_at_zero(flags, tmp_path):
@@ -173,9 +170,7 @@ def test_a_short_context_and_another_vocabulary_are_refused(name, flags, tmp_pat
         train("sea", flags, **{name: other})
 
 
-def test_a_model_that_is_no_reward_model_of_one_label_or_never_ends_a_text_is_refused(
-    flags, tmp_path
-):
+def test_no_reward_model_several_labels_and_a_model_without_eos_are_refused(flags, tmp_path):
     with pytest.raises(UserError, match="--reward_model .*sft lacks weights.*score.weight"):
         train("pilaf", flags, reward_model=flags["model"])
     two = make_model(CLASSIFIER, "gpt_neox", 0, num_labels=2, pad_token_id=0)

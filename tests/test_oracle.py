@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import contents, rows
-from test_run import SCRIPTS, Rule, Stopped, config_of, stops, train, write
+from test_run import ARMS, SCRIPTS, Rule, Stopped, config_of, stops, train, write
 
 import common
 import harness
@@ -77,17 +77,9 @@ def judges(tmp_path, monkeypatch):
     return module
 
 
-@pytest.mark.parametrize(
-    "script, arm, judge",
-    [
-        ("sea", {}, "Longer"), ("selm", {}, "Longer"), ("pilaf", {}, "Longer"),
-        ("sea", {}, "Alphabetical"), ("selm", {"bonus": "xpo", "num_queries": 12}, "Alphabetical"),
-        ("pilaf", {}, "Alphabetical"),
-    ],
-)  # fmt: skip
-def test_score_alone_or_prefer_alone_makes_an_oracle_that_needs_no_reward_model(
-    script, arm, judge, judges, flags
-):
+@pytest.mark.parametrize("judge", ["Longer", "Alphabetical"])
+@pytest.mark.parametrize("script, arm", [ARMS[0], ARMS[2], ARMS[4]])
+def test_score_or_prefer_alone_needs_no_reward_model(script, arm, judge, judges, flags):
     flags |= {"reward_model": "./tiny/reward_model"}  # the default, which is not in this folder
     folder = train(script, flags, getattr(judges, judge), labels="argmax", **arm)
     pairs = [row for row in rows(folder / "preferences.jsonl") if row["source"] == "oracle"]
@@ -128,10 +120,7 @@ def ask(script: str, flags: dict, patience: int | None = None, **more) -> list[t
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("every", [1, 1000])
-def test_an_oracle_that_fails_again_and_again_is_asked_nothing_twice(
-    script, every, flags, tmp_path
-):
-    """And the files are those of a run in which it never failed."""
+def test_an_oracle_that_fails_again_is_asked_nothing_twice(script, every, flags, tmp_path):
     more = {"checkpoint_every": every, "eval_every": 4 * every}
     more |= {"num_iterations": 1} if script == "selm" else {}
     expected = ask(script, flags, **more, output_dir=str(tmp_path / "whole"))

@@ -1,7 +1,6 @@
 """Is a run what its folder says? Metrics, counts, determinism, resuming, the folder, the screen."""
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import math
@@ -66,9 +65,8 @@ class Stopped(Exception):
 
 
 class Rule(harness.Oracle):
-    """Scores texts by how many different letters they have; keeps the questions that labels need,
-    which have two texts or more, and stops before one of them or "at the end", in the evaluation
-    after the last label."""
+    """Scores texts by their number of letters; keeps the questions that labels need, which have two
+    texts or more, and stops before one of them or "at the end", in the last evaluation."""
 
     stop_at, error = None, Stopped
 
@@ -130,9 +128,7 @@ def definitions(folder: Path, flags: dict, config: harness.Config) -> tuple[dict
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_each_metric_equals_its_definition_by_loops_over_freshly_loaded_models(
-    script, flags, tmp_path
-):
+def test_each_metric_equals_its_definition_by_plain_loops(script, flags, tmp_path):
     """The reference is read from the disk: had training moved it, kl would differ."""
     path = shutil.copytree(flags["model"], tmp_path / "model") / "generation_config.json"
     change(path, eos_token_id=sorted(EOS))
@@ -155,9 +151,6 @@ def test_online_win_rate_is_of_both_responses_and_a_tie_is_half_a_win(flags):
     duels.columns["reference"] = ["xy", "xyz"]
     _, metrics = harness.label(Rule(config_of("pilaf", flags)), duels)
     assert metrics["online_win_rate"] == (0.5 + 1 + 0 + 1) / 4
-    gaps = (0, 0.25, -0.5, 0.25)  # a letter is a quarter
-    expected = sum(1 / (1 + math.exp(-gap)) for gap in gaps) / 4
-    assert metrics["online_win_probability"] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -297,7 +290,7 @@ def test_the_folder_holds_what_is_documented_and_the_model_works(flags):
     files = {*contents(folder)} - {"model/model.safetensors"}
     assert {p.name for p in folder.iterdir()} == {*files, "config.json", "checkpoint.pt", "model"}
     about = json.loads((folder / "config.json").read_text())
-    assert about["flags"] == dataclasses.asdict(config_of("pilaf", flags))
+    assert about["flags"] == vars(config_of("pilaf", flags))
     names = ("torch", "transformers", "datasets", "tqdm")
     assert about["versions"] == {name: sys.modules[name].__version__ for name in names}
     assert about["flags"]["device"] == "cpu" and re.fullmatch("[0-9a-f]{40}|", about["git_commit"])
