@@ -1,61 +1,151 @@
-"""What tiny/ must be, measured on the shipped files."""
+"""What tiny/ must be, on the shipped files; the bands were registered before it was made."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows
+import transformers
 
 import common
 import harness
+import sea
+from notebooks.simulator import POINTS, Posts, measure, prepare, random_duels, simulate
 from tiny import make
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
-DATA = {name: rows(TINY / f"{name}.jsonl") for name in ("train", "test")}
-EVERY = [*DATA["train"], *DATA["test"]]
+NAMES = ("wanted", "wrong", "clutter")
 
 
-def words(text: str) -> str:
-    return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
+def read_rows(name: str) -> list[dict]:
+    return [json.loads(line) for line in (TINY / f"{name}.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rewards and gold of four SFT samples of 300 held-out posts, (B, N), and the references'."""
-    folders = dict(model=TINY / "sft", dataset=TINY, reward_model=TINY / "reward_model")
-    flags = {name: str(folder) for name, folder in folders.items()}
-    folder = str(tmp_path_factory.mktemp("world") / "run")
-    config = harness.Config(**flags, eval_prompts=300, output_dir=folder)
-    task = harness.load(config, None)
-    rng = common.generator(0, "world")
-    batch = common.respond(task.policy, task.tokenizer, task.held_out, 4, rng, config)
-    rewards = task.oracle.score(batch.columns["prompt"], batch.responses)
-    facts = zip(batch.responses, batch.columns["facts"], batch.columns["wrong_facts"])
-    gold = [[harness.gold_score(text, *kinds) for text in texts] for texts, *kinds in facts]
-    return rewards, torch.tensor(gold), torch.tensor(batch.columns["reference_reward"])
+def posts() -> Posts:
+    """256 held-out posts with 20 candidates of the SFT policy each."""
+    return prepare(True, 256, sea.Config())
 
 
-def test_make_writes_the_shipped_data_again(tmp_path):
+def agreement(batch: common.Batch, rewards: torch.Tensor) -> float:
+    """Share of pairs of one post, of different gold, that the oracle orders as gold does."""
+    kinds = zip(*(batch.columns[name] for name in NAMES))
+    scores = [[harness.gold_score(y, *k) for y in row] for row, k in zip(batch.responses, kinds)]
+    first, second = torch.combinations(torch.arange(rewards.shape[1])).T
+    gaps = torch.tensor(scores)[:, first] - torch.tensor(scores)[:, second]
+    agrees = (rewards[:, first] > rewards[:, second]) == (gaps > 0)
+    return agrees[gaps.abs() > 1e-4].double().mean().item()
+
+
+# ---------------------------------------------------------------- the data
+
+
+def test_make_writes_the_same_data_again(tmp_path):
     make.write_data(tmp_path, seed=0)
     for name in ("train.jsonl", "test.jsonl"):
         assert (tmp_path / name).read_bytes() == (TINY / name).read_bytes()
 
 
-def test_posts_are_many_and_state_their_facts_and_no_wrong_one():
-    assert [len(DATA["train"]), len(DATA["test"])] == [10_000, 1_000]
-    assert len({row["prompt"] for row in EVERY}) == 11_000  # no post twice
-    for row in EVERY:
-        assert row["prompt"].endswith("TL;DR:") and row["reference"] != row["other"]
-        assert all(words(fact) in words(row["prompt"]) for fact in row["facts"])
-        assert not any(words(fact) in words(row["prompt"]) for fact in row["wrong_facts"])
+def test_the_files_have_their_sizes():
+    train, held_out = read_rows("train"), read_rows("test")
+    assert (len(train), len(held_out)) == (10_000, 1_000)
+    assert len({row["prompt"] for row in train + held_out}) == 11_000  # no post twice
+    files = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 20e6
 
 
-def test_samples_of_the_start_lose_a_little_and_labels_are_noisy_and_say_something(scored):
-    rewards, gold, references = scored
-    assert 0.38 <= (rewards > references[:, None]).double().mean().item() <= 0.52
-    assert 1.6 <= (rewards[:, 0] - rewards[:, 1]).std().item() <= 2.4
-    first, second = torch.combinations(torch.arange(4)).T
-    gaps, golden = rewards[:, first] - rewards[:, second], gold[:, first] - gold[:, second]
-    agrees = (gaps > 0) == (golden > 0)
-    assert agrees[golden.abs() > 1e-4].double().mean().item() >= 0.90
+def test_a_post_states_its_five_facts_and_no_wrong_version():
+    for row in read_rows("train") + read_rows("test"):
+        texts = row["wanted"] + row["wrong"] + row["clutter"]
+        stated = {t for t in texts if re.search(rf"\b{t}\b", row["prompt"], re.IGNORECASE)}
+        assert len(texts) == 15 and len(stated) == 5, row
+        assert set(row["wanted"]) <= stated and not stated & set(row["wrong"]), row
+        assert len(row["wrong"]) == 2 * len(row["wanted"]), row
+
+
+def test_three_kinds_of_fact_are_wanted_in_all_posts():
+    tables, rows = [*make.TOPICS.values(), make.DETAILS], read_rows("train")
+    kind_of = {fact: kind for table in tables for kind, facts in table.items() for fact in facts}
+    kinds = {name: {kind_of[text] for row in rows for text in row[name]} for name in NAMES}
+    assert len(kinds["wanted"]) == 3 and len(kinds["clutter"]) == 5
+    assert kinds["wanted"] == kinds["wrong"] and not kinds["wanted"] & kinds["clutter"]
+
+
+def test_gold_is_what_the_annotators_said():
+    kinds = ["fired the printer", "call my mom"], ["it was art"], ["my boss", "the intern"]
+    text = "My BOSS fired the printer! It was art."  # 8 words
+    assert harness.gold_score(text, *kinds) == pytest.approx(1.5 - 1.5 - 0.5 - 0.8)
+    assert harness.gold_score("Call my mom", *kinds) == pytest.approx(1.5 - 0.3)
+
+
+# ---------------------------------------------------------------- the policy and the oracle
+
+
+def test_sft_samples_are_about_as_good_as_people(posts):
+    references = [[text] for text in posts.batch.columns["reference"]]
+    oracle = harness.RewardModelOracle(sea.Config())
+    baseline = oracle.score(posts.batch.columns["prompt"], references)
+    assert 0.42 <= (posts.rewards > baseline).double().mean().item() <= 0.55
+
+
+def test_the_oracle_agrees_with_gold_and_its_labels_are_noisy(posts):
+    assert agreement(posts.batch, posts.rewards) >= 0.90
+    gaps = posts.rewards[:, ::2] - posts.rewards[:, 1::2]
+    assert gaps.std().item() == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.slow
+def test_the_oracle_agrees_with_gold_on_a_trained_policy(tmp_path, posts):
+    """After passive online DPO for 2,000 labels."""
+    rng = common.generator(0, "samples")
+    config = sea.Config(explore="passive", num_queries=2_000, output_dir=str(tmp_path))
+    policy, tokenizer = sea.train(config).parts["policy"], harness.load_policies(config)[2]
+    batch = common.respond(policy, tokenizer, posts.batch, 4, rng, config)
+    rewards = harness.RewardModelOracle(config).score(batch.columns["prompt"], batch.responses)
+    assert agreement(batch, rewards) >= 0.80
+
+
+# ---------------------------------------------------------------- what features tell
+
+
+@torch.no_grad()
+def marks(batch: common.Batch) -> torch.Tensor:
+    """The reader's P(right) - P(wrong), summed over a response's tokens but its EOS, (B, N)."""
+    reader = transformers.AutoModelForCausalLM.from_pretrained(TINY / "erm_backbone")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "erm_backbone")
+    right, wrong = (tokenizer(sign)["input_ids"][0] for sign in "+-")
+
+    def sums(rows: torch.Tensor) -> torch.Tensor:
+        part = batch.select(rows)
+        ids, mask = part.response_ids, part.response_mask
+        row = common.packed_row(reader, part.prompt_ids, part.prompt_mask, ids, mask)
+        next_token = reader(**row).logits[:, -int(mask.sum((1, 2)).max()) :].softmax(-1)
+        signs = common.unpack(next_token[..., right] - next_token[..., wrong], mask)
+        return (signs * (ids != tokenizer.eos_token_id)).sum(-1)  # (b, N, R) -> (b, N)
+
+    return common.in_parts(sums, len(batch), 64)
+
+
+def test_without_labels_neither_the_readers_marks_nor_brevity_tell_the_taste(posts):
+    accuracy, share = measure(marks(posts.batch), posts.rewards)
+    assert accuracy <= 0.68 and share <= 0.40
+    accuracy, share = measure(-posts.batch.response_mask.sum(-1).double(), posts.rewards)
+    assert accuracy <= 0.60 and share <= 0.30
+
+
+def test_untrained_heads_guess(posts):
+    ensemble = sea.EpistemicRewardModel(posts.features.shape[-1], sea.Config())
+    ensemble.calibrate(posts.features, common.distinct(posts.batch.responses))
+    accuracies = [measure(head, posts.rewards)[0] for head in ensemble(posts.features)]
+    assert 0.45 <= sum(accuracies) / len(accuracies) <= 0.55
+
+
+@pytest.mark.slow
+def test_random_duels_teach_the_heads_as_registered(posts):
+    train = prepare(False, 1024, sea.Config(num_candidates=4))
+    runs = [simulate(random_duels, seed, train, posts) for seed in range(5)]
+    means = dict(zip(POINTS, torch.tensor(runs).mean(0).tolist()))  # labels -> accuracy, share
+    assert means[32] == pytest.approx([0.60, 0.28], abs=0.05)
+    assert means[256] == pytest.approx([0.67, 0.54], abs=0.05)
+    assert means[1024] == pytest.approx([0.69, 0.62], abs=0.05)

@@ -1,0 +1,120 @@
+"""SEA's choice of duels without a policy, in seconds: try a rule of your own here first.
+
+    python notebooks/simulator.py --rules random bai ee uncertainty best_two --seeds 10
+
+Posts stay fixed, each with 20 candidates of the SFT policy, whose features and rewards are computed
+once and kept in runs/simulator.pt (delete it when a model changes). A run trains the heads of
+sea.py on the duels that a rule picks, a batch of posts a round, with noisy labels. Its mean head is
+measured on other posts, without noise: `accuracy` is the share of pairs of candidates that it
+orders as the oracle does; `share` is the reward of its best of 20 minus the mean candidate's,
+divided by what the best candidate gains (means over posts).
+To try a rule of your own, write a function like `random_duels` and enter it in RULES.
+Shapes: B posts, N candidates a post, E heads, D features.
+"""
+
+import argparse
+import sys
+from collections import namedtuple
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import harness  # noqa: E402
+import sea  # noqa: E402
+
+Posts = namedtuple("Posts", ("batch", "features", "rewards"))  # (B, N), (B, N, D), (B, N)
+POINTS = (0, 32, 64, 128, 256, 384, 512, 768, 1024)  # numbers of labels at which we measure
+
+
+def random_duels(batch: common.Batch, rewards: torch.Tensor, rng: torch.Generator) -> tuple:
+    """Two candidate numbers a post, (B,) and (B,): here the first two that differ, as candidates
+    come in no order. A rule may look at `batch.responses`, a list of N texts a post, and at the
+    heads' `rewards` (E, B, N), and draw from `rng`."""
+    second = common.distinct(batch.responses)[:, 1:].int().argmax(1) + 1  # (B, N) -> (B,)
+    return torch.zeros_like(second), second
+
+
+def duels_of_sea(name: str, batch: common.Batch, rewards: torch.Tensor, rng: object) -> tuple:
+    """A rule of sea.py, where every duel goes to the oracle."""
+    is_synthetic = torch.zeros(len(batch), dtype=torch.bool)
+    return sea.choose_duels(sea.Config(explore=name), batch, rewards, is_synthetic, rng)[:2]
+
+
+RULES = {name: partial(duels_of_sea, name) for name in ("bai", "ee", "uncertainty", "best_two")}
+RULES["random"] = random_duels
+
+
+def prepare(is_test: bool, num: int, config: sea.Config) -> Posts:
+    """The first posts of a file of tiny/, with candidates, features and rewards."""
+    policy, ref_model, tokenizer = harness.load_policies(config)
+    backbone, _ = sea.load_ensemble(config, ref_model, tokenizer)
+    prompts = harness.load_prompts(config, tokenizer)[is_test].select(torch.arange(num))
+    rng = common.generator(config.seed, "simulator", is_test)
+    batch = common.respond(policy, tokenizer, prompts, config.num_candidates, rng, config)
+    rewards = harness.RewardModelOracle(config).score(batch.columns["prompt"], batch.responses)
+    return Posts(batch, sea.read_features(backbone, batch, config), rewards)
+
+
+def measure(mean: torch.Tensor, rewards: torch.Tensor) -> tuple[float, float]:
+    """Accuracy and share of rewards by the mean head, against the oracle's, (B, N) each."""
+    gaps, true_gaps = mean[:, ::2] - mean[:, 1::2], rewards[:, ::2] - rewards[:, 1::2]
+    agrees = ((gaps > 0) == (true_gaps > 0))[true_gaps != 0]  # equal texts are no pair
+    picked = rewards.gather(1, mean.argmax(1, keepdim=True)).mean()
+    share = (picked - rewards.mean()) / (rewards.max(1).values.mean() - rewards.mean())
+    return agrees.double().mean().item(), share.item()
+
+
+def simulate(rule: Callable, seed: int, train: Posts, test: Posts) -> list[tuple[float, float]]:
+    """Accuracy and share of one run at each of `POINTS`."""
+    config, measured = sea.Config(seed=seed), []
+    ensemble = sea.EpistemicRewardModel(train.features.shape[-1], config)
+    oracle = harness.Oracle(config)  # it draws labels, given the rewards
+    order = torch.randperm(len(train.batch), generator=common.generator(seed, "posts"))
+    for number, posts in enumerate(order[: POINTS[-1]].split(config.batch_size)):
+        batch, features = train.batch.select(posts), train.features[posts]  # (B, N, D)
+        ensemble.calibrate(features, common.distinct(batch.responses))
+        if oracle.queries in POINTS:
+            measured.append(measure(ensemble(test.features).mean(0), test.rewards))
+        rng = common.generator(seed, "round", number)
+        duels = torch.stack(rule(batch, ensemble(features).detach(), rng), dim=1)  # (B, 2)
+        is_first = oracle.prefer([], [], train.rewards[posts].gather(1, duels))  # (B,)
+        oracle.queries += len(posts)
+        winners = duels.gather(1, torch.stack([~is_first, is_first], dim=1).long())
+        ensemble.fit(features[torch.arange(len(posts))[:, None], winners], rng)
+    return [*measured, measure(ensemble(test.features).mean(0), test.rewards)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
+    parser.add_argument("--seeds", type=int, default=10)
+    flags, config, path = parser.parse_args(), sea.Config(), ROOT / "runs" / "simulator.pt"
+    path.parent.mkdir(exist_ok=True)
+    if not path.exists():
+        torch.save([prepare(False, 1024, config), prepare(True, 256, config)], path)
+    train, test = torch.load(path, weights_only=False)
+    panels = plt.subplots(1, 2, figsize=(10, 4))[1]
+    print(f"mean ± 2 standard errors over {flags.seeds} seeds, after so many labels:")
+    print(" " * 22 + "".join(f"{num:<14}" for num in POINTS))
+    for name in flags.rules:
+        runs = [simulate(RULES[name], seed, train, test) for seed in range(flags.seeds)]
+        values = torch.tensor(runs)  # (S, points, 2)
+        means, errors = values.mean(0).T, 2 * values.std(0).T / flags.seeds**0.5  # (2, points)
+        for axes, title, mean, error in zip(panels, ("accuracy", "share"), means, errors):
+            print(f"{name:12}{title:9}", *(f"{m:.3f} ±{e:.3f} " for m, e in zip(mean, error)))
+            axes.errorbar(POINTS, mean, error, label=name, capsize=3)
+            axes.set(xlabel="labels", title=title)
+    panels[0].legend()
+    plt.savefig(path.with_suffix(".png"), dpi=150)
+    print(f"drawn in {path.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
