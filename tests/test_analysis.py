@@ -81,25 +81,6 @@ def test_an_arm_that_never_reaches_the_target_is_a_bound_without_an_interval():
     assert cells[1] == "never" and cells[2].startswith("below 0.") and cells[3] == ""
 
 
-def test_the_interval_is_students_for_a_log_ratio_of_means_over_seeds():
-    """Straight curves with known crossings: the bootstrap's deviation, times the root of 5 / 4, is
-    the standard error of a mean."""
-    labels, slopes = np.arange(0, 1001, 10), 2 + 0.1 * np.array([-2, -1, 0, 1, 2])
-    passive, arm = np.tile(labels / 1000, (5, 1)), slopes[:, None] * labels / 1000
-    found = analysis.sample_efficiency(passive, arm, labels, draws=20_000)
-    assert found["ratio"] == pytest.approx(2, rel=1e-3)
-    stderr = slopes.std(ddof=1) / math.sqrt(5) / 2  # of the log of the mean slope, nearly
-    assert math.log(found["high"] / found["ratio"]) == pytest.approx(2.776 * stderr, rel=0.02)
-
-
-def test_recovery_counts_labels_from_the_shift_and_its_interval_is_the_bootstraps():
-    """Two seeds whose curves rise by 1 a label from 0 and 2: to a target of 5 it takes 5 and 3
-    labels, 4 by their mean, and half of all draws hold one seed twice."""
-    labels, shifted = np.arange(100, 111), np.stack([n + np.arange(11.0) for n in (0, 2)])
-    assert analysis.recovery(shifted, np.array([5.0, 5.0]), labels) == (4, 3, 5)
-    assert analysis.recovery(shifted, np.array([20.0, 5.0]), labels)[2] == math.inf
-
-
 def test_pairs_of_seeds_and_the_seeds_that_would_be_needed():
     values, baseline = np.array([1.0, 2, 3]), np.array([0.0, 2, 1])  # gaps 1, 0, 2
     mean, half = analysis.paired(values, baseline)

@@ -57,12 +57,9 @@ def test_the_first_cell_fetches_and_installs_only_where_the_repository_is_not(tm
     (tmp_path / "bin" / "python").chmod(0o755)
     code = f"import sys\nsys.executable = {str(tmp_path / 'bin' / 'python')!r}\n"
     code += code_cells(NOTEBOOKS[0])[0].source + "\nprint(os.getcwd(), sys.path[0])"
-    for start, end, num_installed in (
-        (address, address, 0),
-        (address / "notebooks", address, 0),
-        (tmp_path, tmp_path / "repository", 1),
-        (tmp_path / "repository", tmp_path / "repository", 1),  # run once more
-    ):
+    clone, places = tmp_path / "repository", [address, address / "notebooks", tmp_path]
+    ends = [(address, 0), (address, 0), (clone, 1), (clone, 1)]  # the last is run once more
+    for start, (end, num_installed) in zip([*places, clone], ends):
         environment = os.environ | {"REPOSITORY": str(address)}
         command = [sys.executable, "-c", code]
         out = subprocess.check_output(command, cwd=start, env=environment, text=True)
