@@ -77,8 +77,9 @@ def folder(tmp_path_factory) -> Path:
                 prompt=f"The cat {name} number {i}. TL;DR:",
                 reference=f"cat {i}",
                 other=f"a cat {i}",
-                facts=["cat"],
-                wrong_facts=["dog"],
+                wanted=["cat"],
+                wrong=["dog"],
+                clutter=["mat"],
             )  # fmt: skip
             for i in range(size)
         ]

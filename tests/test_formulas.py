@@ -178,13 +178,14 @@ def test_a_wide_reward_gap_does_not_overflow_the_win_probability():
     assert win_metrics(rewards, -rewards)["win_probability"] == pytest.approx(1 / 3)
 
 
-def test_gold_is_right_facts_minus_wrong_ones_minus_a_tenth_a_word():
-    for response, facts, wrong_facts, score in [
-        ("", ["my cat"], ["my dog"], 0.0),
-        ("My CAT, sat!", ["my cat"], ["my dog"], 1 - 0.3),  # neither case nor punctuation counts
-        ("my dog sat", ["my cat"], ["my dog"], -1 - 0.3),
-        ("my cat my cat", ["My cat."], [], 1 - 0.4),  # said twice, stated once
-        ("my catalogue", ["my cat"], ["log"], -0.2),  # whole words
-        ("it was my  cat", ["my cat", "was my"], [], 2 - 0.4),
+def test_gold_is_wanted_facts_minus_wrong_ones_minus_clutter_minus_a_tenth_a_word():
+    for response, wanted, wrong, clutter, score in [
+        ("", ["my cat"], ["my dog"], ["a hat"], 0.0),
+        ("My CAT, sat!", ["my cat"], ["my dog"], [], 1.5 - 0.3),  # neither case nor punctuation
+        ("my dog sat", ["my cat"], ["my dog"], [], -1.5 - 0.3),
+        ("a hat, my cat", ["my cat"], ["my dog"], ["a hat"], 1.5 - 0.5 - 0.4),
+        ("my cat my cat", ["My cat."], [], [], 1.5 - 0.4),  # said twice, stated once
+        ("my catalogue", ["my cat"], ["log"], ["alog"], -0.2),  # whole words
+        ("it was my  cat", ["my cat", "was my"], [], [], 3 - 0.4),
     ]:
-        assert gold_score(response, facts, wrong_facts) == pytest.approx(score), response
+        assert gold_score(response, wanted, wrong, clutter) == pytest.approx(score), response
