@@ -87,13 +87,13 @@ def test_a_prompt_that_is_empty_or_no_text_is_refused_with_its_row(prompt, flags
 
 @pytest.mark.parametrize("script, name", [("pilaf", "prompt"), ("sea", "reference")])
 def test_a_column_that_was_named_and_is_not_there_is_an_error(script, name, flags):
-    with pytest.raises(UserError, match=f"--{name}_column answr.* facts"):  # there are others
+    with pytest.raises(UserError, match=f"--{name}_column answr.* wanted"):  # there are others
         load(flags, script, **{f"{name}_column": "answr"})
 
 
-@pytest.mark.parametrize("column", [{"other": 3}, {"other": ""}, {"facts": ["a"]}])
+@pytest.mark.parametrize("column", [{"other": 3}, {"other": ""}, {"wanted": ["a"]}])
 def test_a_column_that_a_script_does_not_read_may_hold_anything(column, flags, tmp_path):
-    """PILAF and SEA know no second response, and facts without wrong ones are no gold."""
+    """PILAF and SEA know no second response, and wanted facts without the rest are no gold."""
     table = [{"prompt": f"cat {i}", "reference": "a"} | column for i in range(20)]
     folder = train("pilaf", flags, dataset=write(tmp_path / "data.jsonl", table), num_queries=4)
     assert "gold" not in rows(folder / "metrics.jsonl")[-1]
@@ -146,8 +146,7 @@ def test_a_model_with_learned_positions_trains_and_its_kl_starts_at_zero(flags, 
 
 
 BLOOM = dict(hidden_size=32, n_layer=2, n_head=4)
-MISTRAL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-MISTRAL |= dict(intermediate_size=64, sliding_window=44)
+MISTRAL = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=8, sliding_window=44)
 
 
 @pytest.mark.parametrize("family, sizes", [("bloom", BLOOM), ("mistral", MISTRAL)])

@@ -10,12 +10,12 @@ import pytest
 import torch
 import transformers
 from conftest import contents, rows
+from test_loading import CLASSIFIER, TEMPLATE
 from test_run import ARMS, SCRIPTS, Rule, Stopped, config_of, stops, train, write
 
 import common
 import harness
 
-CLASSIFIER = transformers.AutoModelForSequenceClassification
 JUDGES = '''
 import torch
 from harness import Oracle
@@ -151,9 +151,6 @@ def test_texts_with_line_separators_survive_a_crash(script, flags, tmp_path):
     with pytest.raises(Stopped):
         train(script, flags, stops(6), **more)
     assert contents(train(script, flags, Rule, **more, resume="")) == contents(whole)
-
-
-TEMPLATE = "<|start|>{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ def definitions(folder: Path, flags: dict, config: harness.Config) -> tuple[dict
     judge = transformers.AutoModelForSequenceClassification.from_pretrained(flags["reward_model"])
 
     def reward(prompt: str, text: str) -> float:
-        ids = tokenizer(f"{prompt} {text.strip()}")["input_ids"]
+        ids = tokenizer(f"{prompt} {text.strip()}".strip())["input_ids"]
         return judge(torch.tensor([ids])).logits.item()
 
     _, held_out = harness.load_prompts(config, tokenizer)
@@ -118,7 +118,8 @@ def definitions(folder: Path, flags: dict, config: harness.Config) -> tuple[dict
         "win_rate": sum(gap > 0 for gap in gaps),
         "reward": sum(row["reward"] for row in samples),
         "kl": ratios[0] - ratios[1],
-        "gold": sum(("cat" in w) - ("dog" in w) - 0.1 * len(w) for w in words),
+        "gold": sum(1.5 * ("a" in w) - 1.5 * ("o" in w) - 0.5 * ("s" in w) for w in words)
+        - 0.1 * sum(map(len, words)),
         "length": sum(map(len, ids)),
         "truncated": sum(row[-1] not in EOS for row in ids),
     }
@@ -132,12 +133,16 @@ def test_each_metric_equals_its_definition_by_plain_loops(script, flags, tmp_pat
     """The reference is read from the disk: had training moved it, kl would differ."""
     path = shutil.copytree(flags["model"], tmp_path / "model") / "generation_config.json"
     change(path, eos_token_id=sorted(EOS))
-    flags |= dict(model=str(path.parent), max_new_tokens=3, eval_prompts=10)
-    folder = train(script, flags, beta=0.3, temperature=0.7)
-    expected, samples = definitions(folder, flags, config_of(script, flags, beta=0.3))
+    row = dict(other="a cat", wanted=["a"], wrong=["o"], clutter=["s"])
+    table = [row | dict(prompt=f"The cat {i}:", reference=f"cat {i} Jack") for i in range(80)]
+    data = write(tmp_path / "data.jsonl", table)
+    flags |= dict(model=str(path.parent), max_new_tokens=3, eval_prompts=30)
+    more = dict(dataset=data, beta=0.3, temperature=0.7)
+    folder = train(script, flags, **more)
+    expected, samples = definitions(folder, flags, config_of(script, flags, **more))
     first, *_, last = rows(folder / "metrics.jsonl")
     assert {name: last[name] for name in expected} == pytest.approx(expected, abs=2e-4)
-    assert abs(last["kl"]) > 0.01 and 0 < last["truncated"] < 1 and 0 < last["win_rate"] < 1
+    assert abs(last["kl"]) > 0.005 and 0 < last["truncated"] < 1 and 0 < last["win_rate"] < 1
     assert first["queries"] == first["kl"] == first["round"] == 0
     written = [row for row in rows(folder / "samples.jsonl") if row["queries"] == last["queries"]]
     for row, sample in zip(written, samples, strict=True):
@@ -179,8 +184,8 @@ def test_counts_are_those_of_the_files_and_the_budget_is_met_exactly(script, arm
     assert last["queries"] == sum(costs[len(row["texts"])] for row in labels) == config.num_queries
     rounds, sources = {pair["round"] for pair in pairs}, [pair["source"] for pair in pairs]
     assert sources.count("oracle") == len(labels) and rounds == set(range(last["round"]))
-    assert last["synthetic_pairs"] == sources.count("model")
-    assert last["gradient_steps"] == len(rounds) * (2 if arm is ITERATIONS else 1)
+    steps = len(rounds) * (2 if arm is ITERATIONS else 1)
+    assert (last["synthetic_pairs"], last["gradient_steps"]) == (sources.count("model"), steps)
     num = {"sea": 4, "selm": 2 if arm else 1, "pilaf": 2}[script]
     assert last["candidates"] == num * config.batch_size * len(rounds) <= last["decoder_streams"]
     queries = [row["queries"] for row in table]
@@ -188,8 +193,7 @@ def test_counts_are_those_of_the_files_and_the_budget_is_met_exactly(script, arm
 
 
 def test_evaluation_is_at_temperature_1_and_leaves_mode_and_random_state_alone(flags, tmp_path):
-    """Also that of the initial policy, whose samples, of another stream, replace references. In
-    training mode it is the same, since the dropout that a model asks for is set to 0."""
+    """Also of the initial policy, whose other samples replace references. Dropout is set to 0."""
     data = write(tmp_path / "data.jsonl", [{"prompt": f"The cat {i}"} for i in range(20)])
     folder = shutil.copytree(flags["model"], tmp_path / "model")
     change(folder / "config.json", hidden_dropout=0.5)
