@@ -35,15 +35,13 @@ RESULTS = ROOT / "notebooks" / "results"
 # Sample efficiency needs four evaluations before a curve crosses its target; here twice as many.
 OFTEN = (
     "passive", "sea", "sea-no-synthetic", "apl", "xpo", "offline", "best_of_n_oracle",
-    "sea-random-duels", "sea-plain-backbone", "passive-shift", "sea-shift",
-    "sea-shift-backbone",
+    "sea-random-duels", "sea-plain-backbone",
 )  # fmt: skip
 
 # Group -> arm -> command. {start} is the folder of the run of the arm "start" with the same seed.
 MOVED = "--model {start}/model --ref_model ./tiny/sft"
 SHORT = "--num_queries 1024 --eval_every 512"
 SELDOM = "--eval_every 512"
-SHIFT = "notebooks/oracles.py shift ./tiny/erm_backbone sea.py"
 GRID = {
     # How the shared learning rate was chosen: on the baseline, on seeds that no result uses.
     "rates": {
@@ -112,11 +110,6 @@ GRID = {
         for value in values
     }
     | {"apl-flips-0": f"sea.py --explore apl --labels argmax {SHORT}"},
-    "shift": {
-        "passive-shift": f"{SHIFT} --explore passive",
-        "sea-shift": f"{SHIFT} --erm_backbone reference",
-        "sea-shift-backbone": SHIFT,  # the default backbone: the first taste's own reward model
-    },
     "alpha": {  # (selm.py evaluates at the end of each iteration all the same)
         f"selm-alpha-{alpha}": f"selm.py --alpha {alpha} --eval_every 2048"
         for alpha in (1e-4, 0.01, 0.1, 1)

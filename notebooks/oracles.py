@@ -2,7 +2,7 @@
 
     python notebooks/oracles.py flips 0.2 sea.py --labels argmax
     python notebooks/oracles.py temperature 2 sea.py --explore passive
-    python notebooks/oracles.py shift ./tiny/erm_backbone sea.py
+    python notebooks/oracles.py shift FOLDER sea.py
 
 flips P        each label is turned round with probability P
 temperature T  P(first is better) = sigmoid((r1 - r2) / T): the larger, the more random

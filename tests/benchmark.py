@@ -6,11 +6,13 @@ cannot measure (no GPU, no TRL: `pip install -r tests/benchmark-requirements.txt
 
     python tests/benchmark.py                    # tens of minutes on two CPU cores
     python tests/benchmark.py --only generate    # rows whose name has this in it
+    python tests/benchmark.py --only clone --against ../old    # rounds of two commits, in turns
 """
 
 import argparse
 import contextlib
 import io
+import json
 import os
 import platform
 import resource
@@ -21,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,9 +34,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import harness  # noqa: E402
 import pilaf  # noqa: E402
 import sea  # noqa: E402
-import selm  # noqa: E402
 
 Seconds = list[float]
 
@@ -71,49 +74,74 @@ def row(name: str, ours: Seconds, other: Seconds, against: str, target: str = ""
 # ------------------------------------------------------------------ whole rounds
 
 
-def train_quietly(script, **flags) -> common.Run:
+def train_quietly(script, **flags) -> harness.Run:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
         with contextlib.redirect_stdout(io.StringIO()):
             flags = {"eval_prompts": 1, "eval_every": 10**6, "checkpoint_every": 10**6} | flags
-            config = script.Config(output_dir=f"{folder}/run", **flags)
-            return script.train(config)
+            return script.train(script.Config(output_dir=f"{folder}/run", **flags))
 
 
-def seconds_a_round(script, phase: str | None = None, **flags) -> float:
-    """Of a run without its evaluations and its start; or of one phase."""
-    run = train_quietly(script, **flags)
-    phases = [phase] if phase else set(run.seconds) - {"evaluation"}
-    return sum(run.seconds[name] for name in phases) / run.counts["rounds"]
+def seconds_a_round(script, num_queries: int = 320, **flags) -> float:
+    """Of what a run takes beyond a run of a quarter of its labels: the start cancels."""
+    ends = []
+    for labels in (num_queries // 4, num_queries):
+        start = time.perf_counter()
+        num_rounds = train_quietly(script, num_queries=labels, **flags).round
+        ends.append((time.perf_counter() - start, num_rounds))
+    return (ends[1][0] - ends[0][0]) / (ends[1][1] - ends[0][1])
 
 
-def phases(script, **flags) -> str:
-    run = train_quietly(script, **flags)
-    total = sum(seconds for name, seconds in run.seconds.items() if name != "evaluation")
-    shares = {name: s / total for name, s in run.seconds.items() if name != "evaluation"}
-    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+def seconds_a_sample(sampler: str, device: str) -> Callable[[], float]:
+    """Of the responses of pilaf.py's `sampler` to a round of prompts, drawn ten times."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        options = dict(device=device, eval_prompts=1, output_dir=f"{folder}/run")
+        config = pilaf.Config(sampler=sampler, **options)
+        task = harness.load(config, None)
+    prompts = harness.next_prompts(task.prompts, 0, config.batch_size, config.seed)
+
+    def draw() -> None:
+        for number in range(10):
+            pilaf.sample(config, task, prompts, pilaf.Counts(), number)
+
+    return timed(draw, device)
 
 
 def rounds(args: argparse.Namespace) -> None:
-    flags = dict(device=args.device, num_queries=320)
-    passive = dict(explore="passive", **flags)
-    ours, other = compare(
-        args.repeats,
-        lambda: seconds_a_round(sea, burn_in=0, **flags),
-        lambda: seconds_a_round(sea, **passive),
-    )
-    row("SEA, 20 candidates, 20 heads: a round", ours, other, "passive", ">= 0.33")
-    ours, other = compare(
-        args.repeats,
-        lambda: seconds_a_round(pilaf, **flags),
-        lambda: seconds_a_round(pilaf, sampler="vanilla", **flags),
-    )
-    row("PILAF: a round", ours, other, "vanilla")
-    ours, other = compare(
-        args.repeats,
-        lambda: seconds_a_round(pilaf, "generate", beta=0.1, **flags),
-        lambda: seconds_a_round(pilaf, "generate", sampler="vanilla", **flags),
-    )
-    row("PILAF: generation", ours, other, "vanilla", ">= 0.59")
+    flags, sides = dict(device=args.device), partial(compare, args.repeats)
+    ours = partial(seconds_a_round, sea, burn_in=0, **flags)
+    other = partial(seconds_a_round, sea, explore="passive", **flags)
+    row("SEA, 20 candidates, 20 heads: a round", *sides(ours, other), "passive", ">= 0.33")
+    ours = partial(seconds_a_round, pilaf, **flags)
+    other = partial(seconds_a_round, pilaf, sampler="vanilla", **flags)
+    row("PILAF: a round", *sides(ours, other), "vanilla")
+    draws = (seconds_a_sample(sampler, args.device) for sampler in ("pilaf", "vanilla"))
+    row("PILAF: generation, 10 rounds", *sides(*draws), "vanilla", ">= 0.59")
+
+
+def seconds_of_command(folder: Path, words: str, device: str) -> float:
+    """A round's, of a script of the clone in `folder`, as in `seconds_a_round`."""
+    ends = []
+    for labels in (512, 2048):
+        with tempfile.TemporaryDirectory() as output:
+            more = f"--num_queries {labels} --eval_prompts 1 --eval_every 1000000 --device {device}"
+            command = [sys.executable, *words.split(), *more.split(), "--output_dir", output + "/r"]
+            start = time.perf_counter()
+            subprocess.run(command, cwd=folder, capture_output=True, check=True)
+            seconds = time.perf_counter() - start
+            last = Path(output, "r", "metrics.jsonl").read_text().splitlines()[-1]
+            counts = json.loads(last)
+            ends.append((seconds, counts.get("round", counts.get("rounds"))))
+    return (ends[1][0] - ends[0][0]) / (ends[1][1] - ends[0][1])
+
+
+def against_clone(args: argparse.Namespace) -> None:
+    """Rounds of this clone and of another one (another commit), in turns."""
+    for words in ("sea.py", "selm.py", "pilaf.py") if args.against else ():
+        folders = (ROOT, args.against.resolve())
+        sides = [partial(seconds_of_command, here, words, args.device) for here in folders]
+        row(
+            f"python {words}: a round", *compare(args.repeats, *sides), str(args.against), ">= 0.91"
+        )
 
 
 def trl_seconds_a_round(args: argparse.Namespace, num_rounds: int) -> float:
@@ -122,9 +150,9 @@ def trl_seconds_a_round(args: argparse.Namespace, num_rounds: int) -> float:
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
     config = sea.Config(explore="passive", device=args.device)
-    policy, ref_model, tokenizer = common.load_policies(config)
-    oracle, times = common.Oracle(config), []
-    prompts, _ = common.load_prompts(config, tokenizer)
+    policy, ref_model, tokenizer = harness.load_policies(config)
+    oracle, times = harness.RewardModelOracle(config), []
+    prompts, _ = harness.load_prompts(config, tokenizer)
 
     def reward(prompts: list[str], completions: list[str], **_: object) -> list[float]:
         return oracle.score(prompts, [[text.strip()] for text in completions])[:, 0].tolist()
@@ -159,7 +187,7 @@ def against_trl(args: argparse.Namespace) -> None:
         return
     ours, other = compare(
         args.repeats,
-        lambda: seconds_a_round(sea, explore="passive", device=args.device, num_queries=320),
+        lambda: seconds_a_round(sea, explore="passive", device=args.device),
         lambda: trl_seconds_a_round(args, 20),
     )
     row("passive online DPO: 16 labels", ours, other, "TRL OnlineDPOTrainer", ">= 5")
@@ -192,11 +220,12 @@ def random_prompts(policy, size: int, length: int) -> common.Batch:
 def generation(args: argparse.Namespace) -> None:
     """All responses run to full length: no EOS on either side."""
     config = sea.Config(device=args.device, max_prompt_length=400, max_new_tokens=53)
-    policy, _, tokenizer = common.load_policies(config)
+    policy, _, _ = harness.load_policies(config)
     for num in (2, 8, 20):
         for prompt_length, length in ((50, 14), (50, 53), (400, 14), (400, 53)):
             prompts = random_prompts(policy, args.batch_size, prompt_length)
-            uniforms = torch.rand(args.batch_size, num, length).to(args.device)
+            uniforms = torch.rand(args.batch_size, num, length)
+            no_eos = torch.tensor([-5], device=args.device)
             options = dict(
                 do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
                 max_new_tokens=length, num_return_sequences=num, pad_token_id=0,
@@ -206,8 +235,11 @@ def generation(args: argparse.Namespace) -> None:
                 attention_mask=prompts.prompt_mask.to(args.device),
             )
 
-            def packed(prompts=prompts, num=num, uniforms=uniforms) -> None:
-                common.generate(common.PackedDecoder(policy, prompts, num), uniforms, -5)
+            @torch.no_grad()
+            def packed(prompts=prompts, uniforms=uniforms, no_eos=no_eos) -> None:
+                with common.autocast(policy.device):
+                    decoder = common.PackedDecoder(policy, prompts)
+                    common.generate(decoder, prompts, uniforms, no_eos, temperature=1.0)
 
             def plain(inputs=inputs, options=options) -> None:
                 assert policy.generate(**inputs, **options).shape[1] > options["max_new_tokens"]
@@ -220,7 +252,7 @@ def generation(args: argparse.Namespace) -> None:
 
 def log_probabilities(args: argparse.Namespace) -> None:
     """With gradients, one row a response against packed rows."""
-    policy, _, _ = common.load_policies(sea.Config(device=args.device))
+    policy, _, _ = harness.load_policies(sea.Config(device=args.device))
     for num, length in ((2, 28), (20, 14)):
         batch = random_prompts(policy, args.batch_size, 50)
         ids = torch.randint(1, policy.config.vocab_size, (args.batch_size, num, length))
@@ -241,13 +273,11 @@ def log_probabilities(args: argparse.Namespace) -> None:
         row(f"log-probabilities and gradient: N = {num}, {length} tokens", *seconds, "plain rows")
 
 
-# ------------------------------------------------------------------ shares and memory
+# ------------------------------------------------------------------ memory
 
 
-def shares_and_memory(args: argparse.Namespace) -> None:
-    flags = dict(num_queries=320, device=args.device)
-    for name, script in (("sea", sea), ("selm", selm), ("pilaf", pilaf)):
-        shares = phases(script, **flags)
+def memory(args: argparse.Namespace) -> None:
+    for name in ("sea", "selm", "pilaf"):
         with tempfile.TemporaryDirectory() as folder:
             words = f"--num_queries 512 --device {args.device} --output_dir {folder}/run".split()
             command = [sys.executable, str(ROOT / f"{name}.py"), *words]
@@ -255,10 +285,8 @@ def shares_and_memory(args: argparse.Namespace) -> None:
             subprocess.run(command, cwd=ROOT, capture_output=True, check=True)
             peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         is_peak = "" if peak > before else "at most "
-        print(f"| {name}.py: shares of a round | {shares} | | | | |")
-        print(
-            f"| {name}.py: peak resident memory | {is_peak}{peak / 2**20:.2f} GiB | | | | < 1.5 |"
-        )
+        words = f"{is_peak}{peak / 2**20:.2f} GiB"
+        print(f"| {name}.py: peak resident memory | {words} | | | | < 1.5 |")
 
 
 def main() -> None:
@@ -267,15 +295,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=16, help="prompts of the kernels' rows")
     parser.add_argument("--only", default="", help="groups whose name has this in it")
+    parser.add_argument("--against", type=Path, help="another clone: its rounds beside ours")
     args = parser.parse_args()
     os.chdir(ROOT)
     transformers.logging.set_verbosity_error()
     groups = {
-        "memory and shares": shares_and_memory,
+        "memory": memory,
         "generate": generation,
         "log-probabilities": log_probabilities,
         "rounds": rounds,
         "trl": against_trl,
+        "clone": against_clone,
     }
     cuda = torch.cuda.get_device_name() if args.device.startswith("cuda") else "no GPU"
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {cuda}, "

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import re
 import sys
 from pathlib import Path
 
@@ -134,15 +133,3 @@ def test_the_tables_hold_means_standard_errors_and_paired_differences():
     # passive's mean goes from .42 to .62: .58 is at 1638.4 labels; the arm's from .44 to 1.04
     assert lines[2] == "| passive | 1638 | 1.00 | 1.00 to 1.00 | 13 |" and len(lines) == 4
     assert lines[3].startswith(f"| arm | 478 | {1638.4 / (0.14 / 0.6 * 2048):.2f}")
-
-
-def test_the_readmes_results_are_those_of_the_results_folder():
-    arms, readme = analysis.load(), (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme[readme.index("## Results") : readme.index("## How to read the curves")]
-    rows = [[cell.strip() for cell in line.split("|")[1:5]] for line in section.splitlines()]
-    rows = [row for row in rows if row and re.fullmatch(r"`[\w-]+`", row[0])]
-    assert len(rows) >= 7
-    for name, *cells in rows:
-        runs = arms[name.strip("`")]
-        ends = [analysis.at(runs, metric) for metric in ("win_rate", "gold", "kl")]
-        assert cells == [analysis.with_stderr(end, 2) for end in ends], name

@@ -25,7 +25,7 @@ SCRIPTS = {"sea": sea, "selm": selm, "pilaf": pilaf}
 MODULES = {"common": common, "harness": harness, **SCRIPTS}
 FLAGS = {field.name for script in SCRIPTS.values() for field in fields(script.Config)}
 TREES = {name: ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8")) for name in MODULES}
-COMMANDS = re.findall(r"python (\w+)\.py(.*)", "\n".join(re.findall(r"^    .*", README, re.M)))
+COMMANDS = re.findall(r"(?:^    .*|`)python (\w+)\.py([^`\n]*)", README, re.M)
 DOCSTRINGS = {name: re.findall(r"^ +python (\w+)\.py(.*)", SCRIPTS[name].__doc__, re.M)
               for name in SCRIPTS}  # fmt: skip
 EACH = pytest.mark.parametrize("name", SCRIPTS)
@@ -93,8 +93,9 @@ def test_readme_and_each_docstring_name_commands():
 
 
 def test_flags_that_documents_name_exist():
-    make = set(re.findall(r'"--(\w+)"', (ROOT / "tiny" / "make.py").read_text(encoding="utf-8")))
-    known = FLAGS | make | {"help", "nproc_per_node"}
+    others = [(ROOT / "tiny" / "make.py"), *(ROOT / "notebooks").glob("*.py")]
+    texts = [path.read_text(encoding="utf-8") for path in others]
+    known = FLAGS | set(re.findall(r'"--(\w+)"', "".join(texts))) | {"help", "nproc_per_node"}
     for text in (README, *(module.__doc__ for module in MODULES.values())):
         assert set(re.findall(r"--([a-z_]+)", text)) <= known
 
