@@ -203,7 +203,9 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     name, options = os.path.expanduser(config.dataset), {}
     if is_path(config.dataset, "dataset") and os.path.isfile(name):
-        name, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
+        kind, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
+        require(kind in ("json", "csv", "parquet"), f"--dataset {name} is of no kind that is read")
+        name = kind
     splits = dict(datasets.load_dataset(name, **options))
     train = splits.pop("train", None) or splits.popitem()[1]
     held_out = splits.get("test") or splits.get("validation")
@@ -321,7 +323,9 @@ class Oracle:
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         rows = [json.loads(line) for line in lines[:-1]]  # a crash may have cut the last line
         wait_for_all()
-        append(path, rows, "w")
+        if path.exists() and is_first():  # whole again before it takes the old one's place
+            append(path.with_suffix(".tmp"), rows, "w")
+            os.replace(path.with_suffix(".tmp"), path)
         self.path, self.num_answers = path, num_used
         for row in rows[num_used:]:
             self.bought[row["prompt"], *row["texts"]].append(row)
@@ -385,7 +389,8 @@ class RewardModelOracle(Oracle):
                      for x, y in pairs]  # fmt: skip
             texts = self.tokenizer.apply_chat_template(turns, tokenize=False)
         ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
-        context, longest = self.model.config.max_position_embeddings, max(map(len, ids))
+        context = getattr(self.model.config, "max_position_embeddings", math.inf)
+        longest = max(map(len, ids))
         require(longest <= context, f"the oracle reads {context} tokens, not {longest}")
 
         def rewards(rows: Tensor) -> Tensor:
@@ -562,7 +567,8 @@ class Run:
         about = {"flags": dataclasses.asdict(config), "versions": versions, "git_commit": commit}
         self.load()
         if is_first():
-            (self.folder / "config.json").write_text(json.dumps(about, indent=1))
+            (self.folder / "config.tmp").write_text(json.dumps(about, indent=1))
+            os.replace(self.folder / "config.tmp", self.folder / "config.json")
         options = {"unit": "label", "initial": oracle.queries, "disable": not is_first()}
         self.bar, self.labelled = tqdm(total=config.num_queries, **options), oracle.queries
 
@@ -701,8 +707,9 @@ def main(config_class: type[Config], train: Callable, docstring: str) -> None:
             raise
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not isinstance(error, UserError):  # a library's: name the flag whose value it names
-            flags = [(n, v) for n, v in vars(config or UserError).items() if isinstance(v, str)]
-            known = [flag for flag in flags if len(flag[1]) > 3 and flag[1] in str(error)]
+            names = ("model", "ref_model", "dataset", "reward_model", "erm_backbone", "output_dir")
+            flags = [(name, str(getattr(config, name, ""))) for name in names]
+            known = [flag for flag in flags if flag[1] and flag[1] in str(error)]
             name, value = max(known, key=lambda flag: len(flag[1]), default=("", ""))
             line = f"--{name} {value}: {line}" if name else line
             line += f" ({type(error).__name__}, see --debug)"
