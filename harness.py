@@ -323,7 +323,7 @@ class Oracle:
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         rows = [json.loads(line) for line in lines[:-1]]  # a crash may have cut the last line
         wait_for_all()
-        if path.exists() and is_first():  # whole again before it takes the old one's place
+        if is_first():  # whole again before it takes the old one's place
             append(path.with_suffix(".tmp"), rows, "w")
             os.replace(path.with_suffix(".tmp"), path)
         self.path, self.num_answers = path, num_used
