@@ -553,8 +553,7 @@ class Run:
         self.table = ("win_rate", "reward", "kl", "objective", "gold", *table)  # on the screen
         self.folder = Path(config.output_dir).expanduser()
         self.round = self.idle_rounds = 0
-        self.evaluated = None  # labels and round of the last row of metrics
-        self.seen = {}  # metric -> its values in the rounds since then
+        self.evaluated, self.seen = None, {}  # (labels, round) of the last row; values since then
         self.rows = {"metrics": [], "preferences": [], "samples": []}
         if config.overwrite and is_first() and (self.folder / "config.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -569,8 +568,8 @@ class Run:
         if is_first():
             (self.folder / "config.tmp").write_text(json.dumps(about, indent=1))
             os.replace(self.folder / "config.tmp", self.folder / "config.json")
-        options = {"unit": "label", "initial": oracle.queries, "disable": not is_first()}
-        self.bar, self.labelled = tqdm(total=config.num_queries, **options), oracle.queries
+        self.bar = tqdm(total=config.num_queries, unit="label", disable=not is_first())
+        self.labelled = self.bar.n = oracle.queries
 
     def load(self) -> None:
         """Go back to the checkpoint, if there is one, and cut the files to what they were then."""
@@ -659,8 +658,7 @@ class Run:
         first, last = self.rows["metrics"][0], self.rows["metrics"][-1]
         gains = [f"{name} {last[name] - first[name]:+.3f}" for name in self.table if name in first]
         print("since the start:", "  ".join(gains))
-        names = "model/, metrics.jsonl, preferences.jsonl and samples.jsonl"
-        print(f"done, {self.oracle.queries} labels: {names} are in {self.folder}")
+        print(f"done, {self.oracle.queries} labels: model/ and all files are in {self.folder}")
 
 
 # ---------------------------------------------------------------- the command line
