@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # the files that matter, those first that kill most
     "common.py": "formulas packing selm pilaf sea oracle run loading",
-    "harness.py": "oracle run loading bad_input",
+    "harness.py": "formulas oracle run loading bad_input",
     **{f"{name}.py": f"{name} run" for name in ("sea", "selm", "pilaf")},
 }
 # The formula functions: all but these, and of harness.py these alone.
