@@ -109,9 +109,7 @@ def test_heads_equal_separate_networks_and_the_loss_sums_mean_fits_and_anchors_i
     assert ensemble.loss(pairs, num_labels).item() == pytest.approx(expected, rel=1e-4)
 
 
-class Watched(EpistemicRewardModel):
-    """Keeps what its loss was asked."""
-
+class Watched(EpistemicRewardModel):  # keeps what its loss was asked
     def loss(self, pairs: Tensor, num_labels: int) -> Tensor:
         self.asked.append((pairs[..., 0].tolist(), num_labels))
         return super().loss(pairs, num_labels)
@@ -222,7 +220,7 @@ def test_each_rule_for_a_duel_equals_brute_force(seed):
         assert tuple(sorted(uncertain[b].tolist())) == most_varied(rewards[:, b], pairs, False)
 
 
-@pytest.mark.parametrize("explore", ["bai", "ee", "uncertainty", "passive", "apl"])
+@pytest.mark.parametrize("explore", ["bai", "ee", "uncertainty", "best_two", "passive", "apl"])
 @pytest.mark.parametrize("variance", ["sigmoid", "logit"])
 def test_each_arm_has_its_rule_and_a_synthetic_pair_is_a_heads_best_and_worst(explore, variance):
     (rewards, batch, is_distinct), rng = random_choice(4), stream()
@@ -234,10 +232,12 @@ def test_each_arm_has_its_rule_and_a_synthetic_pair_is_a_heads_best_and_worst(ex
     is_best = [torch.stack([best == n for best, _ in widest]).any(0) for n in (first, second)]
     is_widest = torch.stack([(best == first) & (worst == second) for best, worst in widest]).any(0)
     uncertain = sea.most_uncertain_pair(rewards, is_distinct)
+    sums = rewards.sum(0).masked_fill(~is_distinct, -99)  # (B, N)
     is_right = {
         "bai": is_best[0] & (second == sea.second_bai(rewards, first, is_distinct, variance)),
         "ee": is_best[0] & (is_best[1] | is_clash),
         "uncertainty": (first == uncertain[0]) & (second == uncertain[1]),
+        "best_two": (sums.gather(1, torch.stack([first, second], 1)) == sums.topk(2)[0]).all(1),
         "passive": (first == 0) & (second == 1),
         "apl": is_widest,
     }
