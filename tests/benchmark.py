@@ -7,11 +7,15 @@ cannot measure (no GPU, no TRL: `pip install -r tests/benchmark-requirements.txt
     python tests/benchmark.py                    # tens of minutes on two CPU cores
     python tests/benchmark.py --only generate    # rows whose name has this in it
     python tests/benchmark.py --only clone --against ../old    # rounds of two commits, in turns
+    python tests/benchmark.py --only generate --model 160m     # random weights, Pythia's shape
+    python tests/benchmark.py --size 160m 410m 1b              # the scripts at these shapes
 """
 
 import argparse
 import contextlib
+import inspect
 import io
+import itertools
 import json
 import os
 import platform
@@ -28,10 +32,13 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import sizes  # noqa: E402
 
 import common  # noqa: E402
 import harness  # noqa: E402
@@ -217,45 +224,69 @@ def random_prompts(policy, size: int, length: int) -> common.Batch:
     return common.Batch(columns, ids, torch.ones_like(ids), [[]] * size, none, none)
 
 
+def plainly(policy, input_ids: Tensor, num: int, length: int) -> None:
+    """`generate` of transformers, which computes the prompt `num` times."""
+    options = dict(
+        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
+        max_new_tokens=length, num_return_sequences=num, pad_token_id=0,
+    )  # fmt: skip
+    mask = torch.ones_like(input_ids)
+    with common.autocast(policy.device):
+        ids = policy.generate(input_ids=input_ids, attention_mask=mask, **options)
+    assert ids.shape[1] == input_ids.shape[1] + length
+
+
+@torch.no_grad()
+def with_repeated_cache(policy, input_ids: Tensor, num: int, length: int) -> None:
+    """The prompt is computed once, but its keys and values are kept `num` times."""
+    takes = inspect.signature(policy.forward).parameters
+    cache = {"cache" if "cache" in takes else "past_key_values": common.Cache()}
+    with common.autocast(policy.device):
+        logits = policy(input_ids, **cache, use_cache=True, logits_to_keep=1).logits
+        (values,) = cache.values()
+        values.batch_repeat_interleave(num)
+        logits = logits.repeat_interleave(num, dim=0)  # (B N, 1, V)
+        for t in range(length):
+            tokens = logits[:, -1].float().softmax(-1).multinomial(1)  # (B N, 1)
+            if t < length - 1:
+                logits = policy(tokens, **cache, use_cache=True).logits
+
+
+@torch.no_grad()
+def packed(policy, prompts: common.Batch, uniforms: Tensor) -> None:
+    no_eos = torch.tensor([-5], device=policy.device)
+    with common.autocast(policy.device):
+        decoder = common.PackedDecoder(policy, prompts)
+        common.generate(decoder, prompts, uniforms, no_eos, temperature=1.0)
+
+
 def generation(args: argparse.Namespace) -> None:
-    """All responses run to full length: no EOS on either side."""
-    config = sea.Config(device=args.device, max_prompt_length=400, max_new_tokens=53)
-    policy, _, _ = harness.load_policies(config)
-    for num in (2, 8, 20):
-        for prompt_length, length in ((50, 14), (50, 53), (400, 14), (400, 53)):
-            prompts = random_prompts(policy, args.batch_size, prompt_length)
-            uniforms = torch.rand(args.batch_size, num, length)
-            no_eos = torch.tensor([-5], device=args.device)
-            options = dict(
-                do_sample=True, temperature=1.0, top_k=0, top_p=1.0, eos_token_id=None,
-                max_new_tokens=length, num_return_sequences=num, pad_token_id=0,
-            )  # fmt: skip
-            inputs = dict(
-                input_ids=prompts.prompt_ids.to(args.device),
-                attention_mask=prompts.prompt_mask.to(args.device),
-            )
-
-            @torch.no_grad()
-            def packed(prompts=prompts, uniforms=uniforms, no_eos=no_eos) -> None:
-                with common.autocast(policy.device):
-                    decoder = common.PackedDecoder(policy, prompts)
-                    common.generate(decoder, prompts, uniforms, no_eos, temperature=1.0)
-
-            def plain(inputs=inputs, options=options) -> None:
-                assert policy.generate(**inputs, **options).shape[1] > options["max_new_tokens"]
-
-            seconds = compare(args.repeats, *(timed(f, args.device) for f in (packed, plain)))
-            target = {(400, 53): ">= 8", (50, 14): ">= 4"}.get((prompt_length, length), "")
-            name = f"generate: N = {num}, prompts of {prompt_length}, {length} new tokens"
-            row(name, *seconds, "num_return_sequences", target if num == 20 else "")
+    """All responses run to full length: no EOS on any side."""
+    shapes = [(50, 14), (50, 53), (400, 14), (400, 53)]
+    with sizes.model_flags(args.model, args.device) as flags:
+        config = sea.Config(max_prompt_length=400, max_new_tokens=53, device=args.device, **flags)
+        policy, _, _ = harness.load_policies(config)
+    for num, (prompt_length, length) in itertools.product((2, 8, 20), shapes):
+        name = f"generate: N = {num}, prompts of {prompt_length}, {length} new tokens"
+        if args.only not in name:
+            continue
+        prompts = random_prompts(policy, args.batch_size or 16, prompt_length)
+        uniforms = torch.rand(len(prompts), num, length)
+        others = policy, prompts.prompt_ids.to(args.device), num, length
+        sides = [partial(packed, policy, prompts, uniforms)]
+        sides += [partial(plainly, *others), partial(with_repeated_cache, *others)]
+        seconds = compare(args.repeats, *(timed(side, args.device) for side in sides))
+        target = {(20, 400, 53): ">= 8", (20, 50, 14): ">= 4"}.get((num, prompt_length, length), "")
+        row(name, *seconds[:2], "num_return_sequences", target)
+        row(name, *seconds[::2], "repeated prefix cache")
 
 
 def log_probabilities(args: argparse.Namespace) -> None:
     """With gradients, one row a response against packed rows."""
     policy, _, _ = harness.load_policies(sea.Config(device=args.device))
     for num, length in ((2, 28), (20, 14)):
-        batch = random_prompts(policy, args.batch_size, 50)
-        ids = torch.randint(1, policy.config.vocab_size, (args.batch_size, num, length))
+        batch = random_prompts(policy, args.batch_size or 16, 50)
+        ids = torch.randint(1, policy.config.vocab_size, (len(batch), num, length))
         batch = replace(batch, response_ids=ids, response_mask=torch.ones_like(ids))
         rows = torch.cat([batch.prompt_ids[:, None].expand(-1, num, -1), ids], -1).flatten(0, 1)
         rows = rows.to(args.device)
@@ -293,8 +324,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--batch_size", type=int, default=16, help="prompts of the kernels' rows")
-    parser.add_argument("--only", default="", help="groups whose name has this in it")
+    parser.add_argument("--batch_size", type=int, help="prompts (--size: 128; kernels' rows: 16)")
+    parser.add_argument("--only", default="", help="groups, or rows, whose name has this in it")
+    parser.add_argument("--model", default="./tiny/sft", help="of `generate`: a folder or a size")
+    shapes = {"nargs": "+", "choices": list(sizes.SHAPES), "metavar": "SIZE"}
+    parser.add_argument("--size", **shapes, help=f"only the scripts at: {', '.join(sizes.SHAPES)}")
+    parser.add_argument("--rounds", type=int, default=4, help="of --size, the first is not counted")
+    parser.add_argument("--micro_batch", type=int, nargs="+", help="of --size, by the size")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="of --size")
     parser.add_argument("--against", type=Path, help="another clone: its rounds beside ours")
     args = parser.parse_args()
     os.chdir(ROOT)
@@ -311,10 +348,12 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {cuda}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
           f"{transformers.__version__}, medians of {args.repeats}\n")  # fmt: skip
+    if args.size:
+        return sizes.measure(args)
     print("| what | ours (smallest-largest) | against | theirs | theirs / ours | target |")
     print("|---|---|---|---|---|---|")
     for name, group in groups.items():
-        if args.only in name:
+        if args.only in name or args.only.startswith(name):
             group(args)
     if not args.device.startswith("cuda"):
         print("| the same on a GPU, and bfloat16 | not measured | | | | |")
