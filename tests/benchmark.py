@@ -336,6 +336,7 @@ def main() -> None:
     args = parser.parse_args()
     os.chdir(ROOT)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     groups = {
         "memory": memory,
         "generate": generation,

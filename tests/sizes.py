@@ -36,8 +36,8 @@ SHAPES = {
     "14m": (128, 6, 4, 64),
     "160m": (768, 12, 12, 64),
     "410m": (1024, 24, 16, 64),
-    "1b": (2048, 16, 8, 64),
-    "2.8b": (2560, 32, 32, 16),
+    "1b": (2048, 16, 8, 32),
+    "2.8b": (2560, 32, 32, 4),
 }
 
 # What the papers run; SELM has its two further responses from the data set.
@@ -264,7 +264,8 @@ def precision_rows(size: str, flags: dict) -> None:
         with patch.object(common, "autocast", lambda _, here=here: here()):
             logps[is_bfloat16] = common.token_logps(model, batch)  # (B, N, R)
         with here():
-            both = [model(**row).logits[:, -RESPONSE_LENGTH:].float() for row in (plain, packed)]
+            options = {"logits_to_keep": RESPONSE_LENGTH}
+            both = [model(**row, **options).logits.float() for row in (plain, packed)]
         logits[is_bfloat16] = both  # (B, R, V) of each
     what, scale = f"{size}: bfloat16 against float32, nats", logits[False][0].std()
     print_row(f"{what} a token", difference(*logps.values()), "", "", "")
@@ -288,7 +289,6 @@ def measure(args: argparse.Namespace) -> None:
     how = "with" if args.gradient_checkpointing else "without"
     print(f"{batch_size} prompts of {PROMPT_LENGTH} tokens a round, responses of "
           f"{RESPONSE_LENGTH}, {args.rounds} rounds, {how} gradient checkpointing\n")  # fmt: skip
-    transformers.logging.disable_progress_bar()
     print("| what | seconds a round | minutes per 1,000 labels | peak GiB | start and round 1, s |")
     print("|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
