@@ -55,8 +55,8 @@ from harness import evaluate, flag, next_prompts
 class Config(harness.Config):
     """SEA's flags; a default of None depends on --explore."""
 
-    explore: Literal["bai", "ee", "uncertainty", "best_two", "passive", "apl"] = flag(
-        "bai", "how duels are chosen: SEA for paid labels, SEA for users, or a baseline"
+    explore: Literal["bai", "ee", "uncertainty", "best_two", "random", "passive", "apl"] = flag(
+        "bai", "how duels are chosen: SEA for paid labels, SEA for users, a control or a baseline"
     )
     num_candidates: int | None = flag(None, "M, responses a prompt (20; apl 8; passive 2)")
     num_heads: int | None = flag(None, "K, heads of the ensemble (20; baselines 0)")
@@ -250,6 +250,13 @@ def best_two(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
     return first, second
 
 
+def two_arbitrary(is_distinct: Tensor) -> tuple[Tensor, Tensor]:
+    """The first two distinct candidates, (B, N) -> (B,), (B,); candidates come in no order. All
+    else SEA's, what remains is the choice: the other control."""
+    second = is_distinct[:, 1:].int().argmax(1) + 1
+    return torch.zeros_like(second), second
+
+
 def choose_duels(
     config: Config, batch: Batch, rewards: Tensor | None, is_synthetic: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -270,6 +277,8 @@ def choose_duels(
         first, second = most_uncertain_pair(rewards, is_distinct)
     elif config.explore == "best_two":
         first, second = best_two(rewards.mean(0), is_distinct)
+    elif config.explore == "random":
+        first, second = two_arbitrary(is_distinct)
     else:
         first = thompson_first(rewards, heads, is_distinct)
     if config.explore == "bai":

@@ -1,268 +1,188 @@
-"""Run the grid of experiments: every arm, every seed, one process a run, into notebooks/results/.
+"""Run the experiments of notebooks/protocol.md: every arm, rule of labels and seed, into results/.
 
-    python notebooks/experiments.py                          # every arm: many hours
-    python notebooks/experiments.py --groups sea --jobs 2
-    python notebooks/experiments.py --arms vanilla pilaf --seeds 0 1
-    python notebooks/experiments.py --list
+    python notebooks/experiments.py --stage rates       # first: each arm's learning rate
+    python notebooks/experiments.py --stage claims      # then both rules of labels, seeds 0 to 7
+    python notebooks/experiments.py --stage backbones --jobs 2
+    python notebooks/experiments.py --stage claims --arms bai random --seeds 0 1 --list
 
-Stop it at any moment: what is done is skipped, what was begun is resumed. All arms share the task,
-the oracle, the budget of 2,048 labels and the shared hyper-parameters, which are the scripts'
-defaults; SELM's learning rate falls from iteration to iteration, as its paper has it. The groups
-"anchor", "variants" and "noise" stop at 1,024 labels, where arms that run on can be read off too;
-"long" has 8,000, and the larger reward always wins.
-A file of results/ holds the rows of metrics.jsonl of all seeds of an arm, with "arm", "seed",
-"seconds" (of the whole process, on one thread, with other runs beside it; null if it was resumed),
-"commit" and "reward_histogram" of the held-out samples.
+Stop it at any moment: what is finished is kept, what was begun starts anew. A process trains on one
+thread, run after run. A line of results/STAGE.jsonl is a row of a run's metrics.jsonl, with "arm",
+"labels" (the rule), "seed", "rate", "seconds" (the whole run's), "commit" and "machine".
 """
 
 import argparse
+import contextlib
+import importlib
+import io
 import json
-import math
 import os
+import platform
 import shlex
-import subprocess
+import statistics
 import sys
 import time
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
+SHARED = "--num_queries 1024 --eval_every 256 --eval_prompts 1000 --checkpoint_every 1000000"
+RATES = (1.5e-4, 3e-4, 6e-4)
+RULES = ("bernoulli", "argmax")
+LONGER = "--num_queries 2048 --eval_every 4096"  # a ranking costs three labels a pair
+MOVED = "--model {start}/model --ref_model ./tiny/sft"  # the policy of `start`, of the same seed
 
-# Sample efficiency needs four evaluations before a curve crosses its target; here twice as many.
-OFTEN = (
-    "passive", "sea", "sea-no-synthetic", "apl", "xpo", "offline", "best_of_n_oracle",
-    "sea-random-duels", "sea-plain-backbone",
-)  # fmt: skip
-
-# Group -> arm -> command. {start} is the folder of the run of the arm "start" with the same seed.
-MOVED = "--model {start}/model --ref_model ./tiny/sft"
-SHORT = "--num_queries 1024 --eval_every 512"
-SELDOM = "--eval_every 512"
-GRID = {
-    # How the shared learning rate was chosen: on the baseline, on seeds that no result uses.
-    "rates": {
-        f"passive-rate-{rate}": f"sea.py --explore passive --learning_rate {rate}"
-        for rate in ("1e-4", "2e-4", "3e-4", "5e-4", "8e-4")
-    },
-    "sea": {
-        "offline": "sea.py --explore passive --offline",
-        "passive": "sea.py --explore passive",
-        "apl": "sea.py --explore apl",
-        "xpo": "selm.py --bonus xpo --learning_rate_factors 1 1 1",
-        "sea": "sea.py",
-        "sea-ee": "sea.py --explore ee",
-        "sea-uncertainty": "sea.py --explore uncertainty",
-        "sea-no-synthetic": "sea.py --gamma 1",
-        # beta 0.2 is SEA's for SLiC, and one of the four that it tried for IPO
-        "passive-ipo": "sea.py --explore passive --loss ipo --beta 0.2",
-        "sea-ipo": "sea.py --loss ipo --beta 0.2",
-        "passive-slic": "sea.py --explore passive --loss slic --beta 0.2",
-        "sea-slic": "sea.py --loss slic --beta 0.2",
-    },
-    "selm": {
-        "iterative-dpo": "selm.py --bonus none",
-        "selm-greedy": "selm.py",
-        # Another y is ranked too, so the sampled arm has a baseline of its own.
-        "iterative-dpo-sample": "selm.py --bonus none --bonus_response sample",
-        "selm-sample": "selm.py --bonus_response sample",
-    },
-    "pilaf": {
-        "pilaf-from-sft": "pilaf.py",
-        "start": "pilaf.py --sampler vanilla --num_queries 1024 --num_iterations 1",
-        **{
-            f"{sampler}{name}": f"pilaf.py --sampler {sampler} {MOVED}{words}"
-            for sampler in ("vanilla", "best_of_n", "hybrid", "pilaf")
-            for name, words in (("", ""), ("-iterative", " --num_iterations 3"))
-        },
-    },
-    "ceiling": {
-        "best_of_n_oracle": "pilaf.py --sampler best_of_n_oracle",
-        # As many pairs as the others have labels: as if a pair's 8 scores cost one label.
-        "ceiling": "pilaf.py --sampler best_of_n_oracle --num_queries 16384 --eval_every 1024",
-    },
-    # Is it the choice of duels, or what the backbone knows and the synthetic pairs pass on?
-    "why": {
-        "sea-random-duels": "notebooks/random_duels.py",
-        "sea-plain-backbone": "sea.py --erm_backbone reference",
-    },
-    # The papers' open questions.
-    "gamma": {f"sea-gamma-{gamma}": f"sea.py --gamma {gamma}" for gamma in (0.5, 0.3)},
-    "anchor": {
-        f"sea-anchor-{anchor}": f"sea.py --anchor {anchor} {SHORT}" for anchor in (0, 0.1, 10)
-    },
-    "variants": {
-        "sea-logit-variance": f"sea.py --bai_variance logit {SHORT}",
-        "variant-4": f"sea.py --explore passive --best_of_n 10 {SHORT}",
-        "variant-5": f"sea.py --gamma 1 --best_of_n 10 {SHORT}",
-        "variant-6": f"sea.py --best_of_n 10 {SHORT}",
-        "variant-7": "sea.py --explore ee --gamma 1 --offline --best_of_n 10 --learning_rate 0 "
-        + SHORT,
-    },
-    "noise": {
-        f"{arm}-{kind}-{value}": f"notebooks/oracles.py {kind} {value} sea.py{flags} {SHORT}"
-        + " --labels argmax" * (kind == "flips")
-        for arm, flags in (("sea", ""), ("passive", " --explore passive"))
-        for kind, values in (("flips", (0, 0.1, 0.2, 0.3)), ("temperature", (0.5, 2)))
-        for value in values
-    }
-    | {"apl-flips-0": f"sea.py --explore apl --labels argmax {SHORT}"},
-    "alpha": {  # (selm.py evaluates at the end of each iteration all the same)
-        f"selm-alpha-{alpha}": f"selm.py --alpha {alpha} --eval_every 2048"
-        for alpha in (1e-4, 0.01, 0.1, 1)
-    },
-    "starts": {
-        "start-512": "pilaf.py --sampler vanilla --num_queries 512 --num_iterations 1"
-        " --eval_every 4096",
-        "start-4096": "pilaf.py --sampler vanilla --num_queries 4096 --num_iterations 1"
-        " --eval_every 4096",
-        # Ten epochs move seeds 100 to 102 by 13 to 26 nats (the paper's policies: 23 to 35). With
-        # 40, tried first, nine of ten runs from there stopped: every pair was one text twice.
-        "start-overfitted": "pilaf.py --sampler vanilla --num_queries 256 --num_iterations 1"
-        " --num_epochs 10 --eval_every 4096",
-        "start-collapsed": "pilaf.py --sampler vanilla --num_queries 256 --num_iterations 1"
-        " --num_epochs 40 --eval_every 4096",
-        **{
-            f"{sampler}-from-{start}": f"pilaf.py --sampler {sampler} {SELDOM} "
-            + MOVED.replace("{start}", f"{{start-{start}}}")
-            for start in ("512", "4096", "overfitted")
-            for sampler in ("vanilla", "pilaf")
-        },
-    },
-    "interpolation": {
-        "pilaf-weighted": f"pilaf.py --importance_weights {MOVED} {SELDOM}",
-        "pilaf-beta-0.3": f"pilaf.py --sampler_beta 0.3 {MOVED} {SELDOM}",
-        "pilaf-beta-1": f"pilaf.py --sampler_beta 1 {MOVED} {SELDOM}",
-    },
-    "long": {
-        f"{arm}-long": f"{words} --num_queries 8000 --labels argmax --eval_every 1000"
-        for arm, words in (
-            ("passive", "sea.py --explore passive"),
-            ("sea", "sea.py"),
-            ("selm", "selm.py"),
-            ("iterative-dpo", "selm.py --bonus none"),  # is what SELM does the bonus's doing?
-            ("pilaf", "pilaf.py"),
-        )
-    },
+# Arm -> command.
+ARMS = {
+    "passive": "sea --explore passive",
+    "repeated": "repeated_pairs",
+    "bai": "sea --explore bai",
+    "ee": "sea --explore ee",
+    "random": "sea --explore random",
+    "best_two": "sea --explore best_two",
+    "bai-only": "sea --explore bai --gamma 1",  # labelled pairs only, no synthetic ones
+    "ee-only": "sea --explore ee --gamma 1",
+    "random-only": "sea --explore random --gamma 1",
+    "best_two-only": "sea --explore best_two --gamma 1",
+    "iterative": f"selm {LONGER} --bonus none",
+    "selm": f"selm {LONGER}",
+    # A sampled y is ranked too, so this arm has a baseline of its own.
+    "iterative-sample": f"selm {LONGER} --bonus none --bonus_response sample",
+    "selm-sample": f"selm {LONGER} --bonus_response sample",
+    "vanilla": f"pilaf --sampler vanilla {MOVED}",
+    "pilaf": f"pilaf --sampler pilaf {MOVED}",
 }
-ARMS = {arm: words for group in GRID.values() for arm, words in group.items()}
-STARTS = [arm for arm in ARMS if arm.startswith("start")]
+KEYS = ("arm", "labels", "rate", "seed", "queries")  # of a row
+START = "pilaf --sampler vanilla --num_iterations 1"
+BACKBONES = {
+    f"{rule}-{name}": f"sea --explore {rule} --erm_backbone {backbone}"
+    for name, backbone in (("reference", "reference"), ("oracle", "./tiny/reward_model"))
+    for rule in ("bai", "random", "best_two")
+}
 
 
-def seeds_of(arm: str) -> list[int]:
-    """Fixed before looking; of the overfitted start 12 more, after five had been seen."""
-    if "overfitted" in arm:
-        return list(range(17))
-    return [100, 101, 102] if arm in GRID["rates"] else [0, 1, 2, 3, 4]
+def jobs_of(stage: str, arms: list[str] | None, seeds: list[int] | None) -> list[tuple]:
+    """(arm, rule, rate, seed) of a stage; the chosen rate where the stage does not search."""
+    if stage == "rates":
+        found = [(a, RULES[0], r, s) for s in (100, 101, 102) for r in RATES for a in ARMS]
+    elif stage == "claims":
+        found = [(a, rule, rate_of(a), s) for rule in RULES for s in range(8) for a in ARMS]
+    else:
+        found = [(a, RULES[0], rate_of(a.split("-")[0]), s) for s in range(5) for a in BACKBONES]
+    return [job for job in found if job[0] in (arms or [job[0]]) and job[3] in (seeds or [job[3]])]
 
 
-def folder(runs: Path, arm: str, seed: int) -> Path:
-    return runs / f"{arm}-{seed}"
+def rate_of(arm: str) -> float:
+    """The rate of the largest mean `objective` at the end, over the seeds of the search."""
+    ends = defaultdict(dict)  # rate -> seed -> objective of the last row
+    for line in (RESULTS / "rates.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["arm"] == arm:
+            ends[row["rate"]][row["seed"]] = row["objective"]
+    return max(ends, key=lambda rate: statistics.mean(ends[rate].values()))
 
 
-def run(runs: Path, arm: str, seed: int, more: list[str]) -> None:
-    """One run to its end, in a process of one thread; RuntimeError with its last words."""
-    here = folder(runs, arm, seed)
-    if (here / "seconds.json").exists():
+def command(arm: str, rule: str, rate: float, seed: int, start: Path) -> str:
+    script, *own = (ARMS | BACKBONES)[arm].format(start=start).split(" ", 1)
+    how = f"--labels {rule} --learning_rate {rate} --seed {seed}"
+    return " ".join([script, SHARED, *own, how])
+
+
+def train(words: str, folder: Path, device: str) -> float:
+    """One run to its end, in silence; how many seconds it took."""
+    for place in (ROOT, ROOT / "notebooks"):
+        if str(place) not in sys.path:
+            sys.path.insert(0, str(place))
+    os.chdir(ROOT)
+    import torch
+
+    import harness
+
+    torch.set_num_threads(1)
+    name, *flags = shlex.split(f"{words} --device {device} --output_dir {folder} --overwrite")
+    script, began = importlib.import_module(name), time.monotonic()
+    parser = harness.Parser(script.Config, allow_abbrev=False)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        script.train(script.Config(**vars(parser.parse_args(flags))))
+    return round(time.monotonic() - began, 1)
+
+
+def start_of(runs: Path, rule: str, seed: int) -> Path:
+    return runs / f"start-{rule}-{seed}"
+
+
+def make_start(runs: Path, rule: str, seed: int, device: str) -> None:
+    """A policy that has moved; its prompts are others than those of the runs that go on from it."""
+    folder = start_of(runs, rule, seed)
+    if not (folder / "model").exists():
+        train(f"{START} {SHARED} --labels {rule} --seed {seed + 1000}", folder, device)
+
+
+def run(runs: Path, stage: str, job: tuple, device: str) -> None:
+    """One run, unless it is finished: then its folder has a file rows.json."""
+    arm, rule, rate, seed = job
+    folder = runs / stage / "-".join(map(str, job))
+    if (folder / "rows.json").exists():
         return
-    starts = {start: shlex.quote(str(folder(runs, start, seed))) for start in STARTS}
-    words = shlex.split(ARMS[arm].format(**starts))
-    words += ["--eval_every", "128"] if arm in OFTEN else []
-    own_seed = seed + 1000 if arm in STARTS else seed  # what goes on from there sees other prompts
-    words += [*more, "--seed", str(own_seed), "--output_dir", str(here)]
-    is_begun = (here / "config.json").exists()
-    words += ["--resume"] if is_begun else []
-    started = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or [f"ended with {done.returncode}"]
-        raise RuntimeError(f"{arm}, seed {seed}: {last[0]}")
-    seconds = None if is_begun else round(time.monotonic() - started, 1)
-    (here / "seconds.json").write_text(json.dumps(seconds))
+    seconds = train(command(*job, start_of(runs, rule, seed)), folder, device)
+    about = json.loads((folder / "config.json").read_text())
+    known = dict(arm=arm, labels=rule, rate=rate, seed=seed, seconds=seconds)
+    known |= dict(commit=about["git_commit"], machine=machine(device))
+    (folder / "checkpoint.pt").unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    (folder / "rows.json").write_text(json.dumps([known | json.loads(line) for line in lines]))
 
 
-def histogram(rewards: list[float]) -> list[int]:
-    """Counts in bins half a unit wide, from -4 to 6; what lies beyond is in the first or last."""
-    counts = [0] * 20
-    for reward in rewards:
-        counts[min(19, max(0, math.floor(2 * reward) + 8))] += 1
-    return counts
+def machine(device: str) -> str:
+    import torch
+
+    name = torch.cuda.get_device_name() if device.startswith("cuda") else platform.machine()
+    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
-def collect(runs: Path, results: Path, arm: str) -> None:
-    """Write results/ARM.jsonl from the finished runs of all seeds."""
-    lines = []
-    for here in sorted(runs.glob(f"{arm}-[0-9]*"), key=lambda path: int(path.name.split("-")[-1])):
-        is_done = (here / "seconds.json").exists()
-        if not is_done or not here.name.removeprefix(f"{arm}-").isdigit():
-            continue
-        about = json.loads((here / "config.json").read_text())
-        seconds = json.loads((here / "seconds.json").read_text())
-        known = dict(arm=arm, seed=int(here.name.split("-")[-1]), seconds=seconds)
-        known["commit"] = about["git_commit"]
-        rewards = defaultdict(list)  # labels -> of the held-out samples
-        for line in (here / "samples.jsonl").read_text().splitlines():
-            sample = json.loads(line)
-            rewards[sample["queries"]].append(sample["reward"])
-        for line in (here / "metrics.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            row["reward_histogram"] = histogram(rewards[row["queries"]])
-            lines.append(json.dumps(known | row))
-    if lines:
-        results.mkdir(parents=True, exist_ok=True)
-        (results / f"{arm}.jsonl").write_text("\n".join(lines) + "\n")
+def collect(runs: Path, stage: str) -> None:
+    """Write results/STAGE.jsonl: its rows, and in the place of old ones those of finished runs."""
+    path = RESULTS / f"{stage}.jsonl"
+    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    new = [json.loads(found.read_text()) for found in (runs / stage).glob("*/rows.json")]
+    rows = {tuple(row[key] for key in KEYS): row for row in sum(new, old)}
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--groups", nargs="+", choices=GRID, default=list(GRID), metavar="GROUP",
-        help=f"of {', '.join(GRID)} (default: all)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--arms", nargs="+", choices=ARMS, metavar="ARM",
-        help="instead of whole groups; --list names them",
-    )  # fmt: skip
-    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of results/")
+    parser.add_argument("--stage", choices=("rates", "claims", "backbones"), required=True)
+    parser.add_argument("--arms", nargs="+", choices=(*ARMS, *BACKBONES), metavar="ARM")
+    parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the protocol")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "experiments")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--flags", default="", help="further flags of every run, in quotes")
-    parser.add_argument(
-        "--list", action="store_true", help="show the commands of the scripts and stop"
-    )
+    parser.add_argument("--list", action="store_true", help="show the commands and stop")
+    parser.add_argument("--collect", action="store_true", help="only write results/ from --runs")
     args = parser.parse_args()
-    arms = args.arms or [arm for group in args.groups for arm in GRID[group]]
+    if args.collect:
+        return collect(args.runs, args.stage)
+    todo = jobs_of(args.stage, args.arms, args.seeds)
     if args.list:
-        print("\n".join(f"{arm:20} python {ARMS[arm]}" for arm in arms))
+        print("\n".join(f"python {command(*job, Path('START'))}" for job in todo))
         return
-    wanted = [start for start in STARTS if any(f"{{{start}}}" in ARMS[arm] for arm in arms)]
-    arms = [*(start for start in wanted if start not in arms), *arms]
-    todo = [(arm, seed) for arm in arms for seed in args.seeds or seeds_of(arm)]
-    stages = [
-        [job for job in todo if job[0] in STARTS],
-        [job for job in todo if job[0] not in STARTS],
-    ]
-    failed = []
-    with tqdm(total=len(todo), unit="run") as bar, ThreadPoolExecutor(args.jobs) as pool:
-        for stage in stages:  # the others begin where a start ends
-            jobs = {
-                pool.submit(run, args.runs, *job, shlex.split(args.flags)): job for job in stage
-            }
-            for job in as_completed(jobs):
-                bar.update()
-                if job.exception():
-                    failed.append(str(job.exception()))
-                    bar.write(failed[-1])
-                else:
-                    collect(args.runs, args.results, jobs[job][0])
-    sys.exit(f"{len(failed)} runs failed" if failed else 0)
+    moved = [job for job in todo if "{start}" in (ARMS | BACKBONES)[job[0]]]
+    starts = sorted({(rule, seed) for _, rule, _, seed in moved})
+    num_failed = 0
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        for task, items in ((make_start, starts), (run, [(args.stage, job) for job in todo])):
+            jobs = [pool.submit(task, args.runs, *item, args.device) for item in items]
+            for done, item in zip(tqdm(jobs, unit="run"), items):
+                if problem := done.exception():
+                    num_failed += 1
+                    tqdm.write(f"{item}: {type(problem).__name__}: {problem}")
+    collect(args.runs, args.stage)
+    sys.exit(f"{num_failed} runs failed" if num_failed else 0)
 
 
 if __name__ == "__main__":

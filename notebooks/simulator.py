@@ -8,7 +8,7 @@ sea.py on the duels that a rule picks, a batch of posts a round, with noisy labe
 measured on other posts, without noise: `accuracy` is the share of pairs of candidates that it
 orders as the oracle does; `share` is the reward of its best of 20 minus the mean candidate's,
 divided by what the best candidate gains (means over posts).
-To try a rule of your own, write a function like `random_duels` and enter it in RULES.
+notebooks/my_rule.py is the place for a rule of your own.
 Shapes: B posts, N candidates a post, E heads, D features.
 """
 
@@ -33,22 +33,16 @@ Posts = namedtuple("Posts", ("batch", "features", "rewards"))  # (B, N), (B, N, 
 POINTS = (0, 32, 64, 128, 256, 384, 512, 768, 1024)  # numbers of labels at which we measure
 
 
-def random_duels(batch: common.Batch, rewards: torch.Tensor, rng: torch.Generator) -> tuple:
-    """Two candidate numbers a post, (B,) and (B,): here the first two that differ, as candidates
-    come in no order. A rule may look at `batch.responses`, a list of N texts a post, and at the
-    heads' `rewards` (E, B, N), and draw from `rng`."""
-    second = common.distinct(batch.responses)[:, 1:].int().argmax(1) + 1  # (B, N) -> (B,)
-    return torch.zeros_like(second), second
-
-
 def duels_of_sea(name: str, batch: common.Batch, rewards: torch.Tensor, rng: object) -> tuple:
-    """A rule of sea.py, where every duel goes to the oracle."""
+    """Two candidate numbers a post, (B,) and (B,), by a rule of sea.py. A rule may look at
+    `batch.responses`, a list of N texts a post, and at the heads' `rewards` (E, B, N), and draw
+    from `rng`."""
     is_synthetic = torch.zeros(len(batch), dtype=torch.bool)
     return sea.choose_duels(sea.Config(explore=name), batch, rewards, is_synthetic, rng)[:2]
 
 
-RULES = {name: partial(duels_of_sea, name) for name in ("bai", "ee", "uncertainty", "best_two")}
-RULES["random"] = random_duels
+NAMES = ("random", "bai", "ee", "uncertainty", "best_two")
+RULES = {name: partial(duels_of_sea, name) for name in NAMES}
 
 
 def prepare(is_test: bool, num: int, config: sea.Config) -> Posts:
