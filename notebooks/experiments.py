@@ -30,9 +30,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
-SHARED = "--num_queries 1024 --eval_every 256 --eval_prompts 1000 --checkpoint_every 1000000"
+SHARED = "--num_queries 1024 --eval_every 512 --eval_prompts 1000 --checkpoint_every 1000000"
 RATES = (1.5e-4, 3e-4, 6e-4)
 RULES = ("bernoulli", "argmax")
+SEARCH = "--eval_every 4096 --eval_prompts 256"  # the search looks at the end alone
 LONGER = "--num_queries 2048 --eval_every 4096"  # a ranking costs three labels a pair
 MOVED = "--model {start}/model --ref_model ./tiny/sft"  # the policy of `start`, of the same seed
 
@@ -88,6 +89,7 @@ def rate_of(arm: str) -> float:
 
 def command(arm: str, rule: str, rate: float, seed: int, start: Path) -> str:
     script, *own = (ARMS | BACKBONES)[arm].format(start=start).split(" ", 1)
+    own += [SEARCH] if seed >= 100 else []
     how = f"--labels {rule} --learning_rate {rate} --seed {seed}"
     return " ".join([script, SHARED, *own, how])
 
