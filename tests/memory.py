@@ -26,6 +26,7 @@ import functools
 import multiprocessing
 import os
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
@@ -109,7 +110,7 @@ def phases(
     width = 2 if is_cast else FLOAT
     casts = width * count["cast"] if is_cast else 0
     prompt, response = sizes.PROMPT_LENGTH, sizes.RESPONSE_LENGTH
-    always = FLOAT * 4 * count["all"] + width * (count["all"] - count["head"])
+    always = 4 * FLOAT * count["all"] + width * (count["all"] - count["head"])
 
     def forward(row: int, stream: int = FLOAT) -> int:
         masks = FLOAT + (2 * width if is_cast else 0)  # cast, and padded
@@ -130,7 +131,7 @@ def phases(
     row = prompt - 1 + 2 * response
     logits = num * 2 * response * sizes.VOCABULARY
     inside = max(forward(row), (FLOAT + width if is_cast else FLOAT) * logits)
-    held["reference"] = max(casts + inside, 2 * FLOAT * logits)
+    held["reference"] = max(casts + inside, FLOAT * (2 * logits + num * row * row))
     is_accumulated = batch_size > micro_batch
     held["update"] = max(update_moments(size, num, is_accumulated, checkpointing, width))
     held["step"] = FLOAT * (count["all"] + (0 if is_cast else 2 * count["head"]))
@@ -175,6 +176,7 @@ def measured_peak(size: str, micro_batch: int, batch_size: int, checkpointing: b
     """GiB that two rounds take beyond what a process with its imports holds."""
     import datasets  # noqa: F401
 
+    transformers.logging.disable_progress_bar()
     before, (script, more) = resident("VmRSS"), sizes.RUNS["SEA, 20 candidates, 20 heads"]
     with tempfile.TemporaryDirectory() as folder:
         flags = sizes.PUBLISHED | more | sizes.write_models(Path(folder), size, "cpu")
@@ -194,8 +196,8 @@ def print_check(micro_batches: list[int], batch_size: int | None, checkpointing:
         total = batch_size or max(2, num)
         args = "160m", num, total, checkpointing
         with patch.dict(os.environ, {"MALLOC_MMAP_THRESHOLD_": "65536"}):
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                measured = pool.apply(measured_peak, args)
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                measured = pool.submit(measured_peak, *args).result()
         computed = computed_peak(*args, device="cpu")
         cells = f"{computed:.2f} | {measured:.2f} | {measured / computed:.2f}"
         print(f"| 160m, {num} | {total} | {cells} |", flush=True)
