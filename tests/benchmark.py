@@ -9,6 +9,8 @@ cannot measure (no GPU, no TRL: `pip install -r tests/benchmark-requirements.txt
     python tests/benchmark.py --only clone --against ../old    # rounds of two commits, in turns
     python tests/benchmark.py --only generate --model 160m     # random weights, Pythia's shape
     python tests/benchmark.py --size 160m 410m 1b              # the scripts at these shapes
+    python tests/benchmark.py --memory           # computed: which micro-batch fits which card
+    python tests/benchmark.py --memory --check   # that count beside a CPU's memory, minutes
 """
 
 import argparse
@@ -38,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import memory  # noqa: E402
 import sizes  # noqa: E402
 
 import common  # noqa: E402
@@ -304,10 +307,10 @@ def log_probabilities(args: argparse.Namespace) -> None:
         row(f"log-probabilities and gradient: N = {num}, {length} tokens", *seconds, "plain rows")
 
 
-# ------------------------------------------------------------------ memory
+# ------------------------------------------------------------------ resident memory
 
 
-def memory(args: argparse.Namespace) -> None:
+def resident(args: argparse.Namespace) -> None:
     for name in ("sea", "selm", "pilaf"):
         with tempfile.TemporaryDirectory() as folder:
             words = f"--num_queries 512 --device {args.device} --output_dir {folder}/run".split()
@@ -331,14 +334,16 @@ def main() -> None:
     parser.add_argument("--size", **shapes, help=f"only the scripts at: {', '.join(sizes.SHAPES)}")
     parser.add_argument("--rounds", type=int, default=4, help="of --size, the first is not counted")
     parser.add_argument("--micro_batch", type=int, nargs="+", help="of --size, by the size")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="of --size")
+    parser.add_argument("--memory", action="store_true", help="computed: what fits which card")
+    parser.add_argument("--check", action="store_true", help="--memory: measure it on this CPU")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="of --size, --check")
     parser.add_argument("--against", type=Path, help="another clone: its rounds beside ours")
     args = parser.parse_args()
     os.chdir(ROOT)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     groups = {
-        "memory": memory,
+        "resident": resident,
         "generate": generation,
         "log-probabilities": log_probabilities,
         "rounds": rounds,
@@ -349,6 +354,11 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs, {cuda}, "
           f"{torch.get_num_threads()} threads, torch {torch.__version__}, transformers "
           f"{transformers.__version__}, medians of {args.repeats}\n")  # fmt: skip
+    if args.check:
+        sides = args.micro_batch or [1, 4], args.batch_size, args.gradient_checkpointing
+        return memory.print_check(*sides)
+    if args.memory:
+        return memory.print_cards(args.batch_size or 128)
     if args.size:
         return sizes.measure(args)
     print("| what | ours (smallest-largest) | against | theirs | theirs / ours | target |")
