@@ -115,12 +115,12 @@ def label_ratio(random: torch.Tensor, own: torch.Tensor) -> tuple[float, float, 
     return ratio(torch.arange(num)), *np.quantile(draws, (0.05, 0.95))
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--taste", type=int, help="annotators who want other kinds of fact")
-    flags, config, path = parser.parse_args(), sea.Config(), ROOT / "runs" / "simulator.pt"
+    flags, config, path = parser.parse_args(words), sea.Config(), ROOT / "runs" / "simulator.pt"
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
         torch.save([prepare(False, 1024, config), prepare(True, 256, config)], path)
