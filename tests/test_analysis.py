@@ -1,26 +1,20 @@
 """Are the numbers of notebooks/compare.ipynb computed rightly? Brute force and known truths."""
 
 import itertools
-import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))
 
 import analysis  # noqa: E402
 
-LABELS = analysis.GRID_OF_LABELS
-
-
-def rows_of(values, **more) -> list[dict]:
-    """Rows of metrics, evenly spaced over 2,048 labels."""
-    queries = range(0, 2049, 2048 // (len(values) - 1))
-    return [dict(queries=q, win_rate=v, gold=2 * v) | more for q, v in zip(queries, values)]
+LABELS = np.arange(0, 2049, 128)
 
 
 def learner(speed: float, seed: int) -> np.ndarray:
@@ -64,72 +58,70 @@ def test_an_arm_that_learns_twice_as_fast_has_ratio_two_and_an_equal_one_ratio_o
     passive = np.array([learner(1, seed) for seed in range(5)])
     for speed, low, high in ((1.001, 0, 1), (2, 1, 2)):
         arm = np.array([learner(speed, seed + 100) for seed in range(5)])
-        found = analysis.sample_efficiency(passive, arm)
+        found = analysis.sample_efficiency(passive, arm, LABELS)
         assert found["ratio"] == pytest.approx(round(speed), rel=0.25)
         assert low < found["low"] < high < found["high"] and not found["is_bound"]
 
 
-def test_an_arm_that_never_reaches_the_target_is_a_bound_without_an_interval():
-    arms = {name: {s: rows_of(learner(speed, s)) for s in range(5)}
-            for name, speed in (("passive", 1), ("flat", 0))}  # fmt: skip
-    curves = [analysis.curves(arms[name], "win_rate") for name in arms]
-    found = analysis.sample_efficiency(*curves)
+def test_an_arm_that_never_reaches_the_target_is_a_bound():
+    passive, flat = (np.array([learner(speed, s) for s in range(5)]) for speed in (1, 0))
+    found = analysis.sample_efficiency(passive, flat, LABELS)
     assert found["is_bound"] and found["uncrossed"] == 1
     assert found["ratio"] == pytest.approx(found["passive_labels"] / 2048)
-    cells = analysis.efficiency_table(arms, ["flat"]).splitlines()[2].split(" | ")
-    assert cells[1] == "never" and cells[2].startswith("below 0.") and cells[3] == ""
 
 
-def test_pairs_of_seeds_and_the_seeds_that_would_be_needed():
-    values, baseline = np.array([1.0, 2, 3]), np.array([0.0, 2, 1])  # gaps 1, 0, 2
-    mean, half = analysis.paired(values, baseline)
-    assert mean == 1 and half == pytest.approx(4.303 / math.sqrt(3))
-    assert analysis.seeds_needed(values, baseline) == pytest.approx(2.8**2)
-    assert analysis.seeds_needed(values, values) == math.inf
+# ---------------------------------------------------------------- verdicts
 
 
-def test_the_quantiles_hold_95_percent_of_students_density():
-    for freedom, quantile in enumerate(analysis.T_QUANTILES[1:], 1):
-        x = np.linspace(-quantile, quantile, 20_001)
-        log_norm = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2)
-        density = (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
-        density *= math.exp(log_norm) / math.sqrt(freedom * math.pi)
-        assert np.trapezoid(density, x) == pytest.approx(0.95, abs=1e-4)
+def runs_of(ends, online=0.5) -> analysis.Runs:
+    """Eight seeds, whose gold and objective end with these values."""
+    rows = [[{"queries": 0}, {"queries": 9, "gold": x, "objective": x, "online_win_rate": online}]
+            for x in ends]  # fmt: skip
+    return dict(enumerate(rows))
 
 
-def test_curves_are_read_off_between_evaluations_and_online_metrics_weighted_by_labels(tmp_path):
-    rows = [
-        dict(seed=1, queries=0, win_rate=0.4),
-        dict(seed=1, queries=96, win_rate=0.5, online=0.2),
-        dict(seed=1, queries=160, win_rate=0.7, online=0.6),
-        dict(seed=0, queries=0, win_rate=0.0),
-        dict(seed=0, queries=160, win_rate=0.8, online=1.0),
-    ]
-    (tmp_path / "arm.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    runs = analysis.load(tmp_path)["arm"]
-    found = analysis.curves(runs, "win_rate", np.array([0, 128, 256]))
-    assert found == pytest.approx(np.array([[0, 0.64, 0.8], [0.4, 0.6, 0.7]]))
-    for labels, mean in ((math.inf, (96 * 0.2 + 64 * 0.6) / 160), (128, (96 * 0.2 + 19.2) / 128)):
-        assert analysis.so_far(runs, "online", labels) == pytest.approx([1.0, mean])
+def test_the_p_value_of_two_arms_is_that_of_students_t_test():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 8))
+    arms = {"bai": runs_of(one), "passive": runs_of(other)}
+    p = analysis.p_value(one.mean() - other.mean(), *analysis.pooled(arms, "gold"))
+    assert p == pytest.approx(stats.ttest_ind(one, other).pvalue)
 
 
-def test_the_tables_hold_means_standard_errors_and_paired_differences():
-    arms = {
-        "passive": {s: rows_of(0.4 + 0.02 * s + 0.2 * (LABELS / 2048)) for s in range(3)},
-        "arm": {s: rows_of(0.4 + 0.04 * s + 0.6 * (LABELS / 2048)) for s in range(3)},
-    }
-    arms["other seeds"] = {s + 1: rows for s, rows in arms["arm"].items()}
-    lines = analysis.end_table(arms, [*arms, "absent"], ["win_rate", "gold"], "passive")
-    passive, arm, other = lines.splitlines()[2:]
-    assert passive == "| passive | 3 | 0.620 ± 0.012 | 1.240 ± 0.023 |"
-    # gaps .4, .42, .44: mean .42, standard error .02 / sqrt 3, times 4.303
-    assert arm == "| arm | 3 | 1.040 ± 0.023 | 2.080 ± 0.046 | +0.420 ± 0.050 | 2 |"
-    assert other == "| other seeds | 3 | 1.040 ± 0.023 | 2.080 ± 0.046 |"
-    pairs = [("arm", "passive"), ("other seeds", "passive"), ("absent", "arm")]
-    lines = analysis.difference_table(arms, pairs, "gold", 1024).splitlines()
-    # at half: gold 1.44 + .08 s against 1.04 + .04 s (s = 1 in the middle)
-    assert lines[2:] == ["| arm | 1.480 ± 0.046 | passive | 1.040 ± 0.023 | +0.440 ± 0.099 | 2 |"]
-    lines = analysis.efficiency_table(arms, ["passive", "arm", "other seeds"]).splitlines()
-    # passive's mean goes from .42 to .62: .58 is at 1638.4 labels; the arm's from .44 to 1.04
-    assert lines[2] == "| passive | 1638 | 1.00 | 1.00 to 1.00 | 13 |" and len(lines) == 4
-    assert lines[3].startswith(f"| arm | 478 | {1638.4 / (0.14 / 0.6 * 2048):.2f}")
+def test_holm_rejects_step_by_step_as_many_as_the_definition_does():
+    """The k-th smallest of m is rejected if it and all smaller ones are below level / (m - k)."""
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p_values, level = list(rng.uniform(size=6) ** 4), rng.uniform(0.01, 0.5)
+        rejected = set()
+        for k, index in enumerate(np.argsort(p_values)):
+            if p_values[index] > level / (8 - k):
+                break
+            rejected.add(int(index))
+        adjusted = analysis.holm(p_values, 8)
+        assert {i for i, p in enumerate(adjusted) if p <= level} == rejected
+
+
+def test_three_words_for_a_gain_a_loss_and_neither_and_only_for_claims_that_ran_whole():
+    noise = np.random.default_rng(0).normal(size=8) * 0.1
+    arms = {"bai": runs_of(1 + noise), "passive": runs_of(noise), "random": runs_of(2 - noise)}
+    arms |= {"best_two": runs_of(1.01 - noise), "repeated": {0: runs_of([0])[0]}}
+    found = {row["claim"]: row["verdict"] for row in analysis.verdicts(arms)}
+    assert found.pop(3).startswith("not resolved (detectable: 0.")
+    assert found == {1: "supported", 2: "contradicted"}
+
+
+def test_four_of_five_experiments_find_the_detectable_difference():
+    """At the strictest level; a thousand experiments of two arms of a known spread."""
+    rng = np.random.default_rng(0)
+    arms = {name: runs_of(rng.normal(size=8)) for name in ("bai", "passive")}
+    detectable = analysis.verdicts(arms)[0]["detectable"] / analysis.pooled(arms, "gold")[0]
+    gaps = rng.normal(size=(2000, 2, 8)) + np.array([detectable, 0])[:, None]
+    p_values = stats.ttest_ind(gaps[:, 0], gaps[:, 1], axis=1).pvalue
+    assert (p_values < 0.05 / 12).mean() == pytest.approx(0.8, abs=0.05)
+
+
+def test_a_metric_since_the_last_row_is_averaged_over_labels():
+    rows = [{"queries": 0}, {"queries": 10, "online_win_rate": 1.0},
+            {"queries": 40, "online_win_rate": 0.0}]  # fmt: skip
+    assert analysis.values({0: rows}, "online_win_rate") == pytest.approx([0.25])

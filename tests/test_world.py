@@ -11,7 +11,7 @@ import transformers
 import common
 import harness
 import sea
-from notebooks.simulator import POINTS, Posts, measure, prepare, random_duels, simulate
+from notebooks.simulator import POINTS, RULES, Posts, measure, prepare, simulate
 from tiny import make
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -146,7 +146,7 @@ def test_untrained_heads_guess(posts):
 @pytest.mark.slow
 def test_random_duels_teach_the_heads_as_registered(posts):
     train = prepare(False, 1024, sea.Config(num_candidates=4))
-    runs = [simulate(random_duels, seed, train, posts) for seed in range(10)]
+    runs = [simulate(RULES["random"], seed, train, posts) for seed in range(10)]
     means = dict(zip(POINTS, torch.tensor(runs).mean(0).tolist()))  # labels -> accuracy, share
     assert means[32] == pytest.approx([0.60, 0.28], abs=0.05)
     assert means[256] == pytest.approx([0.67, 0.54], abs=0.05)
