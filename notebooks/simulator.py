@@ -123,8 +123,9 @@ def main(words: list[str] | None = None) -> None:
     flags, config, path = parser.parse_args(words), sea.Config(), ROOT / "runs" / "simulator.pt"
     path.parent.mkdir(exist_ok=True)
     if not path.exists():
-        torch.save([prepare(False, 1024, config), prepare(True, 256, config)], path)
-    posts = torch.load(path, weights_only=False)
+        posts = prepare(False, 1024, config), prepare(True, 256, config)
+        torch.save([(vars(batch), *tensors) for batch, *tensors in posts], path)
+    posts = [Posts(common.Batch(**state), *tensors) for state, *tensors in torch.load(path)]
     if flags.taste is not None:
         posts = [part._replace(rewards=rewards_by_rule(part.batch, flags.taste)) for part in posts]
     panels, shares = plt.subplots(1, 2, figsize=(10, 4))[1], {}
