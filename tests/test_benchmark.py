@@ -1,0 +1,30 @@
+"""Is the count of memory what a GPU has shown, and what README says?"""
+
+import re
+from pathlib import Path
+
+import memory
+import pytest
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+@pytest.mark.parametrize(
+    "size, micro_batch, measured",
+    [("160m", 64, 22.24), ("410m", 64, 49.71), ("1b", 32, 48.30)],
+)
+def test_the_count_is_the_peak_that_an_h200_measured(size, micro_batch, measured):
+    """GiB of sea.py's allocations, by `benchmark.py --size` with torch 2.11."""
+    assert memory.computed_peak(size, micro_batch, 128) == pytest.approx(measured, rel=0.05)
+
+
+@pytest.mark.parametrize("card", memory.CARDS)
+def test_readmes_micro_batches_are_the_largest_that_fit(card):
+    """A tenth of the card stays free, as in the benchmark's table."""
+    row = re.search(rf"^\| {card} GB \|(.*)\|$", README.read_text(), re.MULTILINE)[1]
+    for size, cell in zip(memory.MODELS, row.split("|"), strict=True):
+        numbers = re.fullmatch(r" (-|\d+) \((-|\d+)\) ", cell).groups()
+        for written, checkpointing in zip(numbers, (False, True)):
+            fits = [n for n in (2**i for i in range(8))
+                    if memory.computed_peak(size, n, 128, checkpointing) <= 0.9 * card]  # fmt: skip
+            assert written == (str(fits[-1]) if fits else "-")
