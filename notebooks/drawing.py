@@ -118,3 +118,73 @@ def signed_map(axis: Any, values: Any, limit: float, label: str) -> None:
     options = {"aspect": "auto", "cmap": SIGNED, "vmin": -limit, "vmax": limit}
     plt.colorbar(axis.imshow(values, **options), ax=axis, label=label)
     axis.grid(False)
+
+
+# ---------------------------------------------------------------- figures of sea.ipynb
+
+
+def heads(rewards: Any, first: int, variance: Any, ticks: list[str], head: int, title: str) -> None:
+    """Left the heads' rewards (E, N) for one prompt, a row a head, a dot on its favourite; right
+    the variance (N,) over heads of P(first wins)."""
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), width_ratios=[5, 4])
+    rows = rewards - rewards.mean(-1, keepdim=True)  # only gaps within a row mean anything
+    signed_map(left, rows, 2.5, "reward, mean of the row taken off (logits)")
+    left.plot(rows.argmax(-1), range(len(rows)), "o", color="black", markerfacecolor="white")
+    left.set(title=title, xlabel="candidate", xticks=range(rows.shape[1]), ylabel="head")
+    left.set_yticks([head], [f"{head}, drawn"])
+    colours = [COLOURS["sky"] if n == first else "0.75" for n in range(rows.shape[1])]
+    right.bar(ticks, variance, color=colours, edgecolor="black")
+    right.set(xlabel="candidate", ylabel="Var over heads of P(first wins)", ylim=(0, 0.13))
+    plt.show()
+
+
+def heads_against_oracle(seen: dict[int, Any], oracle: Any) -> None:
+    """Mean and standard deviation of the heads' rewards (E, N) against the oracle's (N,), a panel a
+    number of labels."""
+    _, axes = plt.subplots(1, len(seen), figsize=(9, 3), sharey=True)
+    for axis, (num_labels, rewards) in zip(axes, seen.items()):
+        rows = rewards - rewards.mean(-1, keepdim=True)
+        axis.errorbar(oracle, rows.mean(0), rows.std(0), fmt="o", linestyle="", capsize=2)
+        axis.set(title=f"{num_labels} labels", xlabel="the oracle's reward (logits)")
+    axes[0].set_ylabel("mean of the heads, and\ntheir standard deviation (logits)")
+    plt.show()
+
+
+def fans(panels: dict[str, Any], grid: Any) -> None:
+    """The heads' rewards (E, points) over a line, a panel a title; the truth is 2 x in [-1, 1]."""
+    _, axes = plt.subplots(1, len(panels), figsize=(9, 3), sharey=True)
+    for axis, (title, rewards) in zip(axes, panels.items()):
+        rows = rewards - rewards[:, [len(grid) // 2]]  # against the reward at x = 0
+        axis.plot(grid, rows.T, color="0.6", linewidth=0.7, linestyle="-", marker="")
+        axis.plot([-1, 1], [-2, 2], color="black", marker="", linewidth=3, label="true reward")
+        axis.set(title=title, xlabel="x", ylim=(-9, 9))
+    axes[0].set_ylabel("r(x) - r(0) (logits)")
+    axes[0].legend()
+    plt.show()
+
+
+def before_and_after(before: Any, after: Any, score: list[int]) -> None:
+    """Mean and standard deviation of the heads' rewards (E, N) before and after labels; below a
+    candidate stand the duels that it won, minus those lost."""
+    places = np.arange(len(score))
+    axis = plt.subplots(figsize=(7, 3))[1]
+    for shift, label, rewards in ((-0.15, "before", before), (0.15, "after your labels", after)):
+        rows = rewards - rewards.mean(-1, keepdim=True)
+        options = {"capsize": 2, "linestyle": "", "label": label}
+        axis.errorbar(places + shift, rows.mean(0), rows.std(0), **options)
+    axis.set_xticks(places, [f"{n}\n{s:+d}" if s else str(n) for n, s in zip(places, score)])
+    axis.set_xlabel("candidate, and below it its duels won minus lost")
+    axis.set_ylabel("mean of the heads, and their\nstandard deviation (logits)")
+    axis.legend()
+    plt.show()
+
+
+def bands(axis: Any, x: Any, arms: dict[str, Any], **labels: str) -> None:
+    """Of each arm its mean over seeds, (S, points), with a band of one standard error."""
+    for (name, values), style in zip(arms.items(), looks(list(arms))):
+        values = np.asarray(values)
+        mean, error = values.mean(0), values.std(0, ddof=1) / math.sqrt(len(values))
+        step = max(1, len(x) // 8)
+        axis.plot(x, mean, label=name, markevery=step, **style)
+        axis.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.15, lw=0)
+    axis.set(**labels)
