@@ -188,3 +188,116 @@ def bands(axis: Any, x: Any, arms: dict[str, Any], **labels: str) -> None:
         axis.plot(x, mean, label=name, markevery=step, **style)
         axis.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.15, lw=0)
     axis.set(**labels)
+
+
+# ---------------------------------------------------------------- figures of several notebooks
+
+
+def grouped_bars(
+    axis: Any, names: list[str], series: dict[str, Any], digits: str = "", **labels: Any
+) -> None:
+    """A group of bars a name, one bar a series; the looks are told apart without colour too."""
+    fills = [("0.3", ""), ("white", "//"), (COLOURS["sky"], ""), (COLOURS["orange"], "xx")]
+    width = 0.8 / len(series)
+    for n, ((label, values), (colour, hatch)) in enumerate(zip(series.items(), fills)):
+        places = np.arange(len(names)) + width * (n - (len(series) - 1) / 2)
+        options = {"color": colour, "hatch": hatch, "edgecolor": "black", "linewidth": 0.6}
+        bars = axis.bar(places, values, width, label=label, **options)
+        if digits:
+            axis.bar_label(bars, fmt=digits, fontsize=8)
+    axis.set_xticks(range(len(names)), names)
+    axis.set(**labels)
+
+
+def metric_panels(arms: dict[str, list[dict]], metrics: list[str], borders: tuple = ()) -> None:
+    """A panel a metric, in it a curve for the run of each arm, against labels; dotted lines at
+    `borders`."""
+    width = max(6, 3.2 * len(metrics))
+    _, axes = plt.subplots(1, len(metrics), figsize=(width, 3), squeeze=False)
+    for axis, metric in zip(axes[0], metrics):
+        for (name, rows), style in zip(arms.items(), looks(list(arms))):
+            curve(axis, [rows], metric, label=name, **style)
+        for border in borders:
+            axis.axvline(border, color="0.5", ls=":", lw=1)
+        axis.set(xlabel="labels", ylabel=metric)
+    axes[0, 0].legend(fontsize=8)
+    plt.show()
+
+
+# ---------------------------------------------------------------- figures of selm.ipynb
+
+
+def ranking(names: list[str], scores: Any, picks: Any) -> None:
+    """Left the oracle's scores (N,), right how often each text is chosen and rejected by rankings
+    whose best and worst are `picks` (n, 2); dots are softmax(scores)."""
+    _, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
+    left.bar(names, scores, color="0.6", edgecolor="black")
+    left.axhline(0, color="0.5", lw=0.8)
+    left.set(ylabel="oracle's score", title="scores, without noise")
+    shares = {}
+    for label, column in zip(("chosen", "rejected"), picks.T):
+        shares[label] = [(column == n).double().mean() for n in range(len(names))]
+    title = f"{len(picks)} noisy rankings"
+    grouped_bars(right, names, shares, ylabel="share of the rankings", title=title, ylim=(0, 0.9))
+    places, colour = np.arange(len(names)) - 0.2, COLOURS["vermilion"]
+    right.plot(places, scores.softmax(0), "o", color=colour, label="softmax(scores)")
+    right.legend(fontsize=8)
+    plt.show()
+
+
+def weights(scaled_margins: Any, dpo: Any, bonuses: dict[float, tuple[float, float]]) -> None:
+    """DPO's weight against beta * margin, and of each alpha the bonus's weight and the margin at
+    which both are even."""
+    axis = plt.subplots(figsize=(6.5, 3))[1]
+    axis.plot(scaled_margins, dpo, marker="", color="black", label="DPO: beta sigmoid(-beta m)")
+    colours = (COLOURS[name] for name in ("vermilion", "blue", "green"))
+    for (alpha, (weight, even)), colour in zip(bonuses.items(), colours):
+        axis.axhline(weight, color=colour, ls="--")
+        axis.plot(even, weight, "o", color=colour, label=f"alpha = {alpha:g}: even at {even:.2f}")
+    axis.set(yscale="log", xlabel="beta * margin", ylabel="weight on a log-probability")
+    axis.legend(loc="upper right", fontsize=8)
+    plt.show()
+
+
+def shrinking_noise(sizes: tuple, curves: dict[str, list[float]]) -> None:
+    """The bonus's gradient against the number of prompts, of y greedy and sampled."""
+    axis = plt.subplots(figsize=(6.5, 3))[1]
+    for (kind, values), arm in zip(curves.items(), ("selm-selm", "selm-xpo")):
+        axis.plot(sizes, values, label=f"bonus, y: {kind}", **look(arm))
+    falling = [curves["sample"][0] * (sizes[0] / size) ** 0.5 for size in sizes]
+    axis.plot(sizes, falling, color="0.6", marker="", label="falling as 1 / sqrt(prompts)")
+    axis.set(xlabel="prompts in the batch", ylabel="gradient / (alpha beta)", ylim=(0, None))
+    axis.legend(fontsize=8)
+    plt.show()
+
+
+def overfitting(history: list[dict], even: float) -> None:
+    """Norms of both gradients, and beta times the margin, over steps on the same pairs."""
+    _, (left, right) = plt.subplots(1, 2, figsize=(8, 2.8))
+    steps = [row["step"] for row in history]
+    left.plot(steps, [row["dpo"] for row in history], label="DPO", **look("selm-none"))
+    bonus = [row["bonus"] for row in history]
+    left.plot(steps, bonus, label="bonus, alpha 0.001, greedy y", **look("selm-selm"))
+    left.set(yscale="log", xlabel="steps on the same pairs", ylabel="norm of the gradient")
+    gaps = [row["gap"] for row in history]
+    right.plot(steps, gaps, color="black", label="beta * margin, mean of the pairs")
+    right.axhline(even, color=COLOURS["vermilion"], ls="--", label="even at alpha 0.001")
+    right.set(xlabel="steps on the same pairs", ylabel="beta * margin", ylim=(0, 10))
+    for axis in (left, right):
+        axis.legend(fontsize=8, loc="lower left" if axis is left else "upper left")
+    plt.show()
+
+
+def pushes(panels: dict[str, tuple[Any, dict[str, Any]]], reference: Any) -> None:
+    """How a step on the bonus changes log pi of each response: {title: (policy (N,), {kind: change
+    (N,)})}; below stand the probabilities of reference and policy."""
+    _, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 2.8), sharey=True)
+    for axis, (title, (policy, changes)) in zip(np.atleast_1d(axes), panels.items()):
+        names = [f"{ref:.2f}\n{now:.2f}" for ref, now in zip(reference, policy)]
+        grouped_bars(axis, names, changes, title=title)
+        axis.axhline(0, color="black", lw=0.8)
+        axis.set_xlabel("probability: reference above, policy below")
+        axis.tick_params(axis="x", labelsize=8)
+    np.atleast_1d(axes)[0].set_ylabel("change of log pi, a unit step")
+    np.atleast_1d(axes)[0].legend(fontsize=8)
+    plt.show()

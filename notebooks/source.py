@@ -51,8 +51,8 @@ def noticed(file: str, old: str, new: str, tests: str) -> str:
         shutil.copytree(ROOT, folder, ignore=unused)
         source = (folder / file).read_text(encoding="utf-8")
         (folder / file).write_text(replaced(source, old, new), encoding="utf-8")
-        command = [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider", "--tb=no", "--color=no"]
-        command += [f"tests/test_{Path(file).stem}.py", "-k", tests]
+        command = [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider"]
+        command += ["--tb=no", "--color=no", f"tests/test_{Path(file).stem}.py", "-k", tests]
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
         options = {"cwd": folder, "env": environment, "capture_output": True, "text": True}
         out = subprocess.run(command, **options).stdout
