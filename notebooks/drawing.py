@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap
 
 COLOURS = {  # of Okabe and Ito, told apart by the colour-blind too
     "black": "#000000", "vermilion": "#D55E00", "blue": "#0072B2", "green": "#009E73",
@@ -300,4 +301,228 @@ def pushes(panels: dict[str, tuple[Any, dict[str, Any]]], reference: Any) -> Non
         axis.tick_params(axis="x", labelsize=8)
     np.atleast_1d(axes)[0].set_ylabel("change of log pi, a unit step")
     np.atleast_1d(axes)[0].legend(fontsize=8)
+    plt.show()
+
+
+# ---------------------------------------------------------------- figures of pilaf.ipynb
+
+
+def next_token(tokens: list[str], panels: dict[str, dict[str, Any]]) -> None:
+    """Probabilities of the next token: {title: {law: probabilities of the tokens}}."""
+    _, axes = plt.subplots(1, len(panels), sharey=True, figsize=(9, 3))
+    for axis, (title, laws) in zip(axes, panels.items()):
+        grouped_bars(axis, tokens, laws, title=title, xlabel="next token")
+        axis.tick_params(axis="x", rotation=20)
+        axis.legend(fontsize=8)
+    axes[0].set_ylabel("probability")
+    plt.show()
+
+
+def histograms(titles: list[str], drawn: dict[str, tuple]) -> None:
+    """A panel a title; {law: values (n,) for each panel}. The outermost bars hold the tails."""
+    _, axes = plt.subplots(1, len(titles), sharey=True, figsize=(9, 3))
+    colours = [COLOURS[name] for name in ("vermilion", "black", "blue")]
+    for k, (axis, title) in enumerate(zip(axes, titles)):
+        every = np.concatenate([values[k] for values in drawn.values()])
+        low, high = np.quantile(every, [0.01, 0.99])
+        for style, colour, (name, values) in zip(("-", "--", ":"), colours, drawn.items()):
+            look = {"histtype": "step", "linestyle": style, "linewidth": 1.6, "color": colour}
+            axis.hist(np.clip(values[k], low, high), np.linspace(low, high, 16), label=name, **look)
+        axis.set_xlabel(title)
+    axes[0].set_ylabel(f"responses (of {len(every) // len(drawn)})")
+    axes[-1].legend()
+    plt.show()
+
+
+def two_laws(scatters: dict[str, tuple], betas: list[float], distances: dict[str, list]) -> None:
+    """Left token-wise against exact probabilities, {name: (exact, token-wise)}; right the total
+    variation of the two laws against beta."""
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    for (name, (exact, token_wise)), marker in zip(scatters.items(), "ox"):
+        left.scatter(exact, token_wise, s=18, label=name, marker=marker)
+    left.axline((0.01, 0.01), slope=1, color="0.5", linewidth=0.8)
+    left.set(xscale="log", yscale="log", xlabel="exact pi+ and pi-", ylabel="token-wise q+ and q-")
+    for name, values in distances.items():
+        right.plot(betas, values, label=name)
+    right.set(xlabel="beta", ylabel="total variation", ylim=0)
+    left.legend()
+    right.legend()
+    plt.show()
+
+
+def angles(sizes: list[float], of_laws: dict[str, list[float]]) -> None:
+    """Angles to the gradient of J against the residual's size, a line a law of pairs."""
+    axis = plt.subplots(figsize=(8, 3.4))[1]
+    known = {"PILAF": "pilaf-pilaf", "vanilla": "pilaf-vanilla", "hybrid": "pilaf-hybrid"}
+    styles = looks([known.get(name, name) for name in of_laws])
+    for (name, values), style in zip(of_laws.items(), styles):
+        axis.loglog(sizes, values, label=name, **style)
+    axis.set(xlabel="eps, size of the residual", ylabel="angle to the gradient of J (degrees)")
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.show()
+
+
+def weight_histograms(weights: dict[str, Any]) -> None:
+    """The base-10 logarithms of pairs' weights (n,), a panel a title."""
+    _, axes = plt.subplots(1, len(weights), sharey=True, figsize=(9, 2.8))
+    for axis, (title, values) in zip(axes, weights.items()):
+        axis.hist(np.clip(np.log10(values), -1, 4), np.linspace(-1, 4, 41), color="0.4")
+        axis.set(title=title, xlabel="log10 of the weight", yscale="log")
+        axis.set_ylim(bottom=0.5)
+    axes[0].set_ylabel(f"pairs (of {len(values)})")
+    plt.show()
+
+
+def reward_against_kl(arms: dict[str, list[dict]]) -> None:
+    """Left each arm's way in the plane of KL and reward, with arrows; right its win rate."""
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2))
+    for (name, rows), style in zip(arms.items(), looks(list(arms))):
+        x, y, _ = points([rows], "reward", "kl")
+        path(left, x, y, label=name, **style)
+        curve(right, [rows], "win_rate", label=name, **style)
+    left.set(xlabel="kl to the reference (nats a response)", ylabel="oracle reward")
+    right.set(xlabel="labels", ylabel="win rate (band: 1 standard error)", ylim=(0, 1))
+    right.legend()
+    plt.show()
+
+
+# ---------------------------------------------------------------- figures of primer.ipynb
+
+INKS = ["white", "#BFDFF2", COLOURS["orange"], COLOURS["blue"], COLOURS["purple"]]
+
+
+def token_grid(panels: dict[str, tuple], names: list[str], eos: int) -> None:
+    """Tokens and masks, (rows, columns) each, a panel a title: padding white, real ones coloured,
+    an EOS that was written dark."""
+    _, axes = plt.subplots(2, 1, figsize=(9, 6.8), height_ratios=[2.6, 4])
+    for kind, (axis, (title, (ids, mask))) in enumerate(zip(axes, panels.items()), 1):
+        kinds = np.where((mask == 1) & (ids == eos), 3, kind * mask)  # 0 padding, 3 a real EOS
+        options = {"cmap": ListedColormap(INKS[:4]), "vmin": 0, "vmax": 3, "aspect": "auto"}
+        axis.imshow(kinds, **options)
+        for (row, column), token in np.ndenumerate(np.asarray(ids)):
+            ink = ("0.5", "black", "black", "white")[kinds[row, column]]
+            style = {"rotation": 90, "ha": "center", "va": "center", "fontsize": 8}
+            axis.text(column, row, names[token], color=ink, **style)
+        axis.set(title=f"{title}: padding white, real tokens coloured", ylabel="row")
+        axis.set(yticks=range(len(ids)), xticks=range(0, ids.shape[1], 5), xlabel="column")
+        axis.grid(False)
+    plt.show()
+
+
+def token_bars(parts: dict[str, tuple[list[str], Any]]) -> None:
+    """Log-probabilities of tokens, a panel a part of the row: {title: (tokens, nats)}."""
+    widths = [len(tokens) for tokens, _ in parts.values()]
+    _, axes = plt.subplots(1, len(parts), figsize=(9, 3.4), width_ratios=widths)
+    for axis, (title, (tokens, heights)), ink in zip(axes, parts.items(), INKS[1:]):
+        axis.bar(range(len(tokens)), heights, color=ink, edgecolor="0.5")
+        axis.set_xticks(range(len(tokens)), tokens, rotation=90)
+        axis.set(title=f"{title}: {heights.sum():.1f} nats", xlabel="token")
+    axes[0].set(ylabel="log-probability, nats")
+    plt.show()
+
+
+def who_sees_whom(is_visible: Any, block: Any, positions: list[int], tokens: list[str]) -> None:
+    """The mask (S, S) of a packed row, coloured by the `block` (S,) of what is seen: the prompt 1,
+    the responses 2 and on."""
+    axis = plt.subplots(figsize=(8, 8.6))[1]
+    seen = np.where(is_visible, block, 0)
+    axis.imshow(seen, cmap=ListedColormap(INKS), vmin=0, vmax=len(INKS) - 1)
+    places = [f"{position:2d}  {token}" for position, token in zip(positions, tokens)]
+    axis.set_xticks(range(len(tokens)), places, rotation=90, fontsize=7)
+    axis.set_yticks(range(len(tokens)), tokens, fontsize=7)
+    axis.set(xlabel="what may be seen: position id and token", ylabel="who looks")
+    edges = np.flatnonzero(np.diff(block)) + 0.5
+    for lines in (axis.vlines, axis.hlines):
+        lines(edges, -0.5, len(tokens) - 0.5, color="0.5", lw=0.8)
+    for n, left in enumerate([-0.5, *edges]):
+        axis.text(left, -1, f"y_{n}" if n else "prompt x")
+    axis.grid(False)
+    plt.show()
+
+
+def computed_tokens(num: Any, counts: dict[str, Any]) -> None:
+    """Tokens computed against the number of responses (N,), a line a layout of the rows."""
+    axis = plt.subplots(figsize=(6.5, 3))[1]
+    for (words, values), arm, shift in zip(counts.items(), ("pilaf-pilaf", "passive"), (-12, 5)):
+        axis.plot(num, values, label=words, markevery=[1, len(num) - 1], **look(arm))
+        for n in (1, len(num) - 1):
+            place = {"xytext": (-4, shift), "textcoords": "offset points"}
+            axis.annotate(int(values[n]), (num[n], values[n]), **place)
+    axis.set(xlabel="N, responses to the post", ylabel="tokens computed", ylim=(-120, None))
+    axis.set_xticks([2, 5, 10, 15, 20])
+    axis.legend()
+    plt.show()
+
+
+def inverted(cumulative: Any, u: float, drawn: int, heights: dict[str, tuple[int, float]]) -> None:
+    """A uniform number u picks the token where the cumulative distribution (V,) passes it; {text:
+    (token, height)} are written beside the curve."""
+    axis = plt.subplots(figsize=(8, 3.6))[1]
+    axis.step(range(len(cumulative)), cumulative, where="post", marker="", color="black")
+    axis.annotate("", (drawn, 0), (drawn, u), arrowprops={"arrowstyle": "->"})
+    axis.plot([0, drawn], [u, u], "--", marker="", label=f"u = {u}")
+    for text, (token, height) in heights.items():
+        axis.text(token + 10, height, text, va="center")
+    axis.set(xlabel="token id, of V", ylabel="cumulative probability", ylim=(0, 1.02))
+    axis.legend(loc="lower right")
+    plt.show()
+
+
+def temperatures(tokens: list[str], drawn: dict[float, Any], wanted: dict[float, Any]) -> None:
+    """Shares of drawn tokens as bars, the probabilities as dashes, a series a temperature."""
+    axis = plt.subplots(figsize=(8, 3))[1]
+    grouped_bars(axis, tokens, drawn, ylabel="share of 20,000 draws")
+    width = 0.8 / len(drawn)
+    for n, values in enumerate(wanted.values()):
+        places = np.arange(len(tokens)) + width * (n - (len(drawn) - 1) / 2)
+        axis.plot(places, values, "_", color=COLOURS["vermilion"], markersize=9)
+    axis.set(xlabel="first token of the summary")
+    axis.legend(title="temperature")
+    plt.show()
+
+
+def labels_of_gaps(gaps: Any, marked: dict[int, float]) -> None:
+    """Bradley-Terry's curve and the labelled pairs on it; {number: gap} are marked."""
+    axis = plt.subplots(figsize=(8, 3.4))[1]
+    line = np.linspace(-6, 6, 200)
+    label = "sigmoid(r of chosen - r of rejected)"
+    axis.plot(line, 1 / (1 + np.exp(-line)), "-", marker="", color="black", label=label)
+    options = {"markersize": 9, "color": COLOURS["blue"], "label": "the labelled pairs"}
+    axis.plot(gaps, gaps.sigmoid(), "|", **options)
+    for number, gap in marked.items():
+        height = 1 / (1 + math.exp(-gap))
+        axis.plot(gap, height, "o", color="black")
+        axis.text(gap - 0.3, height + 0.03, number)
+    axis.set(xlabel="oracle reward, chosen minus rejected", ylabel="probability of this label")
+    axis.legend(loc="upper left")
+    plt.show()
+
+
+def over_margins(x: dict[str, Any], panels: dict[str, dict[str, Any]], **labels: Any) -> None:
+    """Lines over margins or steps, a panel a y-label: {y-label: {line: values}}; x has each line's
+    places."""
+    _, axes = plt.subplots(1, len(panels), figsize=(8, 3))
+    for axis, (title, lines) in zip(axes, panels.items()):
+        for (name, values), style in zip(lines.items(), looks(list(lines))):
+            step = max(1, len(values) // 6)
+            axis.plot(x[name], values, markevery=step, label=name, **style)
+        axis.set(ylabel=title, **labels)
+    axes[0].legend()
+    plt.show()
+
+
+def two_trainings(panels: dict[str, tuple[list[dict], str]]) -> None:
+    """Loss above and implicit rewards below, a column a title: {title: (steps, prefix of keys)}."""
+    _, axes = plt.subplots(2, len(panels), figsize=(9, 4.8), sharex=True, sharey="row")
+    for (top, low), (title, (steps, prefix)) in zip(axes.T, panels.items()):
+        at = [i for i, step in enumerate(steps) if f"{prefix}loss" in step]
+        top.plot(at, [steps[i][f"{prefix}loss"] for i in at], color="black")
+        for word, arm in (("chosen", "pilaf-pilaf"), ("rejected", "sea-bai")):
+            values = [steps[i][f"{prefix}{word}_reward"] for i in at]
+            low.plot(at, values, label=word, **look(arm))
+        top.axhline(math.log(2), color="0.5", lw=0.8, ls=":", marker="")
+        low.axhline(0, color="0.5", lw=0.8, ls=":", marker="")
+        top.set(title=title, ylabel="loss")
+        low.set(xlabel="gradient step", ylabel="implicit reward")
+    axes[1, 0].legend()
     plt.show()
