@@ -3,6 +3,7 @@
     show(function)                         print its source
     broken(function, old, new)             the same function with `old` replaced by `new`
     noticed("sea.py", old, new, "anchor")  what the tests named so say of such a repository
+    python notebooks/source.py sea.py "(now - start)" now anchor      the same, in a terminal
 
 None changes a file: `broken` compiles the source with the line changed, `noticed` works on a copy
 of the repository in a folder that it deletes.
@@ -59,3 +60,12 @@ def noticed(file: str, old: str, new: str, tests: str) -> str:
     failed = re.findall(r"^FAILED tests/\S+::([\w]+)", out, re.M)
     passed = (re.findall(r"(\d+) passed", out) or ["0"])[0]
     return "\n".join(["failed: " + test for test in dict.fromkeys(failed)] + [f"passed: {passed}"])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 5:
+        sys.exit(__doc__)
+    try:
+        print(noticed(*sys.argv[1:]))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {error}")
