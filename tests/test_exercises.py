@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -16,6 +17,10 @@ import sea
 import selm
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+
+import source  # noqa: E402
+
 SUM = "def my_logps(token_logps, response_mask): return "
 BAI = "def my_bai(rewards, first): return "
 PAIRS = "def my_num_pairs(num_queries, burn_in, gamma): return "
@@ -113,3 +118,12 @@ def test_the_answer_of_answers_md_is_told_so(place):
 def test_a_wrong_answer_and_the_cell_as_it_is_shipped_get_a_hint(place):
     for answer in ("", *WRONG[place]):
         assert said(*place, answer).startswith("not yet: "), answer
+
+
+def test_a_function_is_broken_in_a_copy_and_only_where_its_source_says_so_once():
+    numbers = torch.tensor([2.0]), torch.tensor([1.0]), 0.5, 0.1
+    turned = source.broken(selm.bonus_loss, "y_logps - y_ref_logps", "y_ref_logps - y_logps")
+    assert turned(*numbers) == -selm.bonus_loss(*numbers) == pytest.approx(-0.05)
+    for old in ("nothing of the kind", "alpha"):
+        with pytest.raises(ValueError, match="times in the source"):
+            source.broken(selm.bonus_loss, old, "")
