@@ -26,25 +26,28 @@ ARMS = {
     "sea-uncertainty": ("green", "D"),
     "sea-best_two": ("purple", "v"),
     "sea-apl": ("blue", "^"),
-    "random_duels-bai": ("sky", "X"),
+    "bai-only": ("vermilion", "^"),  # without synthetic pairs
+    "ee-only": ("orange", "o"),
+    "best_two-only": ("purple", "P"),
+    "random-only": ("sky", "v"),
+    "repeated": ("black", "D"),
+    "sea-random": ("sky", "X"),
     "selm-none": ("black", "v"),
     "selm-selm": ("blue", "s"),
     "selm-xpo": ("sky", "D"),
+    "iterative-sample": ("black", "P"),
+    "selm-sample": ("blue", "v"),
     "pilaf-vanilla": ("black", "^"),
     "pilaf-pilaf": ("green", "s"),
     "pilaf-best_of_n": ("orange", "v"),
     "pilaf-best_of_n_oracle": ("vermilion", "X"),
     "pilaf-hybrid": ("purple", "D"),
 }
-ALIASES = {  # names of the experiments, where they are not a script and its flag
-    "passive": "sea-passive", "sea": "sea-bai", "apl": "sea-apl", "xpo": "selm-xpo",
-    "sea-random-duels": "random_duels-bai", "sea-best-two": "sea-best_two",
-    "iterative-dpo": "selm-none", "selm-greedy": "selm-selm", "vanilla": "pilaf-vanilla",
-    "pilaf": "pilaf-pilaf", "best_of_n": "pilaf-best_of_n", "hybrid": "pilaf-hybrid",
-    "best_of_n_oracle": "pilaf-best_of_n_oracle", "random": "random_duels-bai",
-    "bai": "sea-bai", "ee": "sea-ee", "uncertainty": "sea-uncertainty",
-    "best_two": "sea-best_two",
-}  # fmt: skip
+ALIASES = {  # names of the experiments' arms
+    **{name: f"sea-{name}" for name in ("passive", "bai", "ee", "random", "uncertainty", "apl")},
+    **{name: f"pilaf-{name}" for name in ("vanilla", "pilaf", "best_of_n", "hybrid")},
+    **{"best_two": "sea-best_two", "iterative": "selm-none", "selm": "selm-selm", "sea": "sea-bai"},
+}
 OTHERS = [pair for pair in itertools.product(COLOURS, DASHES) if pair not in ARMS.values()]
 SIGNED = "RdBu_r"  # a diverging map: white is 0, blue below, red above
 
