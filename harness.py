@@ -658,7 +658,7 @@ class Run:
         first, last = self.rows["metrics"][0], self.rows["metrics"][-1]
         gains = [f"{name} {last[name] - first[name]:+.3f}" for name in self.table if name in first]
         print("since the start:", "  ".join(gains))
-        print(f"done, {self.oracle.queries} labels: model/ and all files are in {self.folder}")
+        print(f"done, {self.oracle.queries} labels; see: python notebooks/plot.py {self.folder}")
 
 
 # ---------------------------------------------------------------- the command line

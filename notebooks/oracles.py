@@ -8,6 +8,8 @@ flips P        each label is turned round with probability P
 temperature T  P(first is better) = sigmoid((r1 - r2) / T): the larger, the more random
 shift FOLDER   the first half of the labels is another reward model's, the second half and the
                metrics are by --reward_model
+               (`python tiny/make.py --seed 1 --output_dir other` makes other/reward_model, by
+               the taste of other people; tiny/erm_backbone is a reader and no reward model)
 
 They change the answers to duels, never the scores of the metrics, nor a ranking, which is made of
 scores (so not for SELM without --bonus xpo, nor best_of_n_oracle). A run is resumed as any other.

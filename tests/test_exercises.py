@@ -3,6 +3,8 @@
 import contextlib
 import io
 import math
+import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -15,89 +17,84 @@ import sea
 import selm
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+sys.path.insert(0, str(NOTEBOOKS))
+
+import source  # noqa: E402
+
 SUM = "def my_logps(token_logps, response_mask): return "
 BAI = "def my_bai(rewards, first): return "
 PAIRS = "def my_num_pairs(num_queries, burn_in, gamma): return "
 KL = "def kl(ref_logps, logps): return "
 HAND = "probabilities, hybrid_coefficients = "
-# p = (.5, .3, .2), q = (.2, .3, .5), c = 1: p^2 / q = (1.25, .3, .08), of sum 1.63
 COIN = """
 def exact_coin(pi, r):
     zz = (pi * r.exp()).sum() * (pi * (-r).exp()).sum()
     return zz / (1 + zz)
 pi_plus_at_the_reference, alpha_at_the_reference = """
-CASES = {  # (notebook, exercise): right answers, wrong answers
-    ("primer", 1): (
-        [SUM + "(token_logps * response_mask).sum(-1)",
-         SUM + "token_logps.masked_fill(response_mask == 0, 0).sum(-1)"],
-        [SUM + "token_logps.sum(-1)",  # with padding
-         SUM + "(token_logps * response_mask).sum(-1) / response_mask.sum(-1)",  # a mean
-         SUM + "(token_logps[..., :-1] * response_mask[..., 1:]).sum(-1)",  # without the end
-         SUM + "(token_logps * response_mask).sum()", SUM + "3"],
-    ),
-    ("primer", 2): (
-        ["half_margin, half_factor = -10 * math.log(math.sqrt(2) - 1), 1 - 1 / math.sqrt(2)",
-         "half_margin, half_factor = 8.81, 0.293"],
-        ["half_margin, half_factor = 0.881, 0.293",  # beta forgotten
-         "half_margin, half_factor = 8.81, 0.707", "half_margin, half_factor = 8.81, None",
-         "half_margin, half_factor = -8.81, 0.707"],
-    ),
-    ("primer", 3): (
-        ["g_sees, g_position = {1, 2, 3, 6, 7}, 4", "g_sees, g_position = [7, 6, 3, 2, 1], 4"],
-        ["g_sees, g_position = {1, 2, 3, 4, 5, 6, 7}, 4",  # a plain causal mask
-         "g_sees, g_position = {0, 1, 2, 3, 6, 7}, 4",  # with padding
-         "g_sees, g_position = {1, 2, 3, 6}, 4",  # without itself
-         "g_sees, g_position = {1, 2, 3, 6, 7}, 7"],  # positions that do not restart
-    ),
-    ("sea", 1): (
-        [BAI + "(rewards[:, [first]] - rewards).sigmoid().var(0).argmax()"],
-        [BAI + "(rewards[:, [first]] - rewards).var(0).argmax()",
-         BAI + "(rewards[:, [first]] - rewards).sigmoid().var(0).argmin()",
-         BAI + "rewards.mean(0).argmax()"],
-    ),
-    # bai: candidate 2, about which heads 1 and 2 quarrel; ee: candidate 1, head 1's favourite
-    ("sea", 2): (
-        ["my_rewards = [[1.0, 0.5, 0.0], [1.0, 1.5, -3.0], [1.5, 1.0, 1.4]]"],
-        ["my_rewards = [[2, 1, 0]] * 3", "my_rewards = [[1, 0, -9], [0, 1, -9], [0, 1, -9]]",
-         "my_rewards = [[1, 2], [2, 1]]"],
-    ),
-    ("sea", 3): (
-        [PAIRS + "burn_in + (num_queries - burn_in) / gamma"],
-        [PAIRS + "num_queries / gamma", PAIRS + "burn_in + (num_queries - burn_in) * gamma"],
-    ),
-    ("selm", 1): (
-        ["margin_1 = math.log(1 / 5e-4 - 1) / 0.1"],
-        ["margin_1 = math.log(1 / 5e-4 - 1)", "margin_1 = math.log(1 / 1e-3) / 0.1"],
-    ),
-    ("selm", 2): (
-        ["slopes = {'chosen': -0.049, 'middle': 0.001, 'rejected': 0.051}"],
-        ["slopes = {'chosen': -0.051, 'middle': -0.001, 'rejected': 0.049}",  # y goes up
-         "slopes = {'chosen': -0.04, 'middle': 0.01, 'rejected': 0.06}",  # alpha without beta
-         "slopes = {'chosen': -0.049, 'middle': 0.001}"],
-    ),
-    ("selm", 3): (
-        [KL + "(ref_logps.exp() * (ref_logps - logps)).sum()"],
-        [KL + "(logps.exp() * (logps - ref_logps)).sum()",  # the other direction
-         KL + "(ref_logps.exp() * (logps - ref_logps)).sum()",
-         KL + "(ref_logps - logps).mean()"],
-    ),
-    ("pilaf", 1): (
-        [HAND + "[0.767, 0.184, 0.049], (0, -1)"],
-        [HAND + "[0.767, 0.184, 0.049], (-1, 0)", HAND + "[0.767, 0.184, 0.049], None",
-         HAND + "[0.2, 0.3, 0.5], (0, -1)", HAND + "[1.25, 0.3, 0.08], (0, -1)"],
-    ),
-    ("pilaf", 2): (
-        ["def cost(p): return 2 + 2 * p"],
-        ["def cost(p): return 3", "def cost(p): return 4 * p"],
-    ),
-    ("pilaf", 3): (
-        [COIN + "'policy', 0.5"],
-        [COIN + "'uniform', 0.5", COIN + "'policy', 1", COIN + "'policy', None",
-         COIN.replace("zz / (1 + zz)", "1 / (1 + zz)") + "'policy', 0.5"],
-    ),
+WRONG = {  # (notebook, exercise): the right answers are in answers.md
+    ("primer", 1): [
+        SUM + "token_logps.sum(-1)",  # with padding
+        SUM + "(token_logps * response_mask).sum(-1) / response_mask.sum(-1)",  # a mean
+        SUM + "(token_logps[..., :-1] * response_mask[..., 1:]).sum(-1)",  # without the end
+        SUM + "(token_logps * response_mask).sum()", SUM + "3",
+    ],
+    ("primer", 2): [
+        "half_margin, half_factor = 0.881, 0.293",  # beta forgotten
+        "half_margin, half_factor = 8.81, 0.707", "half_margin, half_factor = 8.81, None",
+        "half_margin, half_factor = -8.81, 0.707",
+    ],
+    ("primer", 3): [
+        "g_sees, g_position = {1, 2, 3, 4, 5, 6, 7}, 4",  # a plain causal mask
+        "g_sees, g_position = {0, 1, 2, 3, 6, 7}, 4",  # with padding
+        "g_sees, g_position = {1, 2, 3, 6}, 4",  # without itself
+        "g_sees, g_position = {1, 2, 3, 6, 7}, 7",  # positions that do not restart
+    ],
+    ("sea", 1): [
+        BAI + "(rewards[:, [first]] - rewards).var(0).argmax()",
+        BAI + "(rewards[:, [first]] - rewards).sigmoid().var(0).argmin()",
+        BAI + "rewards.mean(0).argmax()",
+    ],
+    ("sea", 2): [
+        "my_rewards = [[2, 1, 0]] * 3", "my_rewards = [[1, 0, -9], [0, 1, -9], [0, 1, -9]]",
+        "my_rewards = [[1, 2], [2, 1]]",
+    ],
+    ("sea", 3): [
+        PAIRS + "num_queries / gamma", PAIRS + "burn_in + (num_queries - burn_in) * gamma",
+    ],
+    ("selm", 1): ["margin_1 = math.log(1 / 5e-4 - 1)", "margin_1 = math.log(1 / 1e-3) / 0.1"],
+    ("selm", 2): [
+        "slopes = {'chosen': -0.051, 'middle': -0.001, 'rejected': 0.049}",  # y goes up
+        "slopes = {'chosen': -0.04, 'middle': 0.01, 'rejected': 0.06}",  # alpha without beta
+        "slopes = {'chosen': -0.049, 'middle': 0.001}",
+    ],
+    ("selm", 3): [
+        KL + "(logps.exp() * (logps - ref_logps)).sum()",  # the other direction
+        KL + "(ref_logps.exp() * (logps - ref_logps)).sum()", KL + "(ref_logps - logps).mean()",
+    ],
+    ("pilaf", 1): [
+        HAND + "[0.767, 0.184, 0.049], (-1, 0)", HAND + "[0.767, 0.184, 0.049], None",
+        HAND + "[0.2, 0.3, 0.5], (0, -1)", HAND + "[1.25, 0.3, 0.08], (0, -1)",
+    ],
+    ("pilaf", 2): ["def cost(p): return 3", "def cost(p): return 4 * p"],
+    ("pilaf", 3): [
+        COIN + "'uniform', 0.5", COIN + "'policy', 1", COIN + "'policy', None",
+        COIN.replace("zz / (1 + zz)", "1 / (1 + zz)") + "'policy', 0.5",
+    ],
 }  # fmt: skip
-RIGHT = [(*place, answer) for place, kinds in CASES.items() for answer in kinds[0]]
-WRONG = [(*place, answer) for place, kinds in CASES.items() for answer in kinds[1]]
+
+
+def right_answers() -> dict[tuple, str]:
+    """The indented code of each exercise of answers.md."""
+    answers, text = {}, (NOTEBOOKS / "answers.md").read_text(encoding="utf-8")
+    for part in text.split("\n## ")[1:]:
+        for number, words in enumerate(part.split("**Exercise ")[1:], 1):
+            assert words.startswith(f"{number}.**")
+            lines = re.findall(r"^    (.*)$", words, re.M)
+            answers[part.split("\n")[0], number] = "\n".join(lines)
+    return answers
+
+
+RIGHT = right_answers()
 
 
 def said(notebook: str, number: int, answer: str = "") -> str:
@@ -111,16 +108,22 @@ def said(notebook: str, number: int, answer: str = "") -> str:
     return text.getvalue().strip()
 
 
-@pytest.mark.parametrize("notebook, number, answer", RIGHT)
-def test_a_right_answer_is_told_so(notebook, number, answer):
-    assert said(notebook, number, answer) == "right"
+@pytest.mark.parametrize("place", WRONG)
+def test_the_answer_of_answers_md_is_told_so(place):
+    assert set(RIGHT) == set(WRONG)
+    assert said(*place, RIGHT[place]) == "right"
 
 
-@pytest.mark.parametrize("notebook, number, answer", WRONG)
-def test_a_wrong_answer_gets_a_hint(notebook, number, answer):
-    assert said(notebook, number, answer).startswith("not yet: ")
+@pytest.mark.parametrize("place", WRONG)
+def test_a_wrong_answer_and_the_cell_as_it_is_shipped_get_a_hint(place):
+    for answer in ("", *WRONG[place]):
+        assert said(*place, answer).startswith("not yet: "), answer
 
 
-@pytest.mark.parametrize("notebook, number", CASES)
-def test_the_cell_as_it_is_shipped_raises_nothing_and_is_not_yet_right(notebook, number):
-    assert said(notebook, number).startswith("not yet: ")
+def test_a_function_is_broken_in_a_copy_and_only_where_its_source_says_so_once():
+    numbers = torch.tensor([2.0]), torch.tensor([1.0]), 0.5, 0.1
+    turned = source.broken(selm.bonus_loss, "y_logps - y_ref_logps", "y_ref_logps - y_logps")
+    assert turned(*numbers) == -selm.bonus_loss(*numbers) == pytest.approx(-0.05)
+    for old in ("nothing of the kind", "alpha"):
+        with pytest.raises(ValueError, match="times in the source"):
+            source.broken(selm.bonus_loss, old, "")
