@@ -124,6 +124,20 @@ def signed_map(axis: Any, values: Any, limit: float, label: str) -> None:
     axis.grid(False)
 
 
+def simulated(labels: tuple[int, ...], found: dict[str, np.ndarray], path: Path) -> None:
+    """Accuracy and share of each rule of the simulator, (S, points, 2), with two errors."""
+    panels = plt.subplots(1, 2, figsize=(10, 4))[1]
+    for name, values in found.items():  # (S, points, 2) -> (2, points)
+        errors = 2 * values.std(0, ddof=1).T / math.sqrt(len(values))
+        for axis, mean, error in zip(panels, values.mean(0).T, errors):
+            axis.errorbar(labels, mean, error, label=name, capsize=3, **look(name))
+    for axis, title in zip(panels, ("accuracy", "share")):
+        axis.set(xlabel="labels", title=title)
+    panels[0].legend()
+    plt.savefig(path, dpi=150)
+    print(f"drawn in {path}")
+
+
 # ---------------------------------------------------------------- figures of sea.ipynb
 
 

@@ -18,9 +18,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from unittest.mock import patch
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
@@ -31,6 +29,7 @@ import common  # noqa: E402
 import harness  # noqa: E402
 import sea  # noqa: E402
 from harness import gold_score  # noqa: E402
+from notebooks import analysis, drawing  # noqa: E402
 from tiny import make  # noqa: E402
 
 Posts = namedtuple("Posts", ("batch", "features", "rewards"))  # (B, N), (B, N, D), (B, N)
@@ -45,8 +44,8 @@ def duels_of_sea(name: str, batch: common.Batch, rewards: torch.Tensor, rng: obj
     return sea.choose_duels(sea.Config(explore=name), batch, rewards, is_synthetic, rng)[:2]
 
 
-NAMES = ("random", "bai", "ee", "uncertainty", "best_two")
-RULES = {name: partial(duels_of_sea, name) for name in NAMES}
+OF_SEA = ("random", "bai", "ee", "uncertainty", "best_two")
+RULES = {name: partial(duels_of_sea, name) for name in OF_SEA}
 
 
 def prepare(is_test: bool, num: int, config: sea.Config) -> Posts:
@@ -62,9 +61,8 @@ def prepare(is_test: bool, num: int, config: sea.Config) -> Posts:
 
 def rewards_by_rule(batch: common.Batch, taste: int) -> torch.Tensor:
     """Gold scores (B, N) for annotators who want the kinds of fact that the seed `taste` draws."""
-    wants = make.draw_taste(taste)
-    with patch.object(make, "draw_taste", lambda _: wants):  # the posts stay those of seed 0
-        rows = {row["prompt"]: row for row in make.write_rows(11_000, 0)}
+    wants = make.draw_taste(taste)  # the posts stay those of seed 0
+    rows = {row["prompt"]: row for row in make.write_rows(11_000, 0, wants)}
     kinds = ("wanted", "wrong", "clutter")
     known = [[rows[prompt][kind] for kind in kinds] for prompt in batch.columns["prompt"]]
     scores = [[gold_score(y, *own) for y in row] for row, own in zip(batch.responses, known)]
@@ -100,21 +98,6 @@ def simulate(rule: Callable, seed: int, train: Posts, test: Posts) -> list[tuple
     return [*measured, measure(ensemble(test.features).mean(0), test.rewards)]
 
 
-def label_ratio(random: torch.Tensor, own: torch.Tensor) -> tuple[float, float, float]:
-    """How many times as many labels random duels need as a rule for 90 % of their own gain in
-    share, (S, points) of S seeds each; and the 5 and 95 % quantiles of a bootstrap over seeds."""
-
-    def ratio(seeds: torch.Tensor) -> float:
-        curves = [torch.cummax(shares[seeds].mean(0), 0).values for shares in (random, own)]
-        target = curves[0][0] + 0.9 * (curves[0][-1] - curves[0][0])
-        needed = [np.interp(target, curve, POINTS, right=np.inf) for curve in curves]
-        return needed[0] / max(needed[1], 1)
-
-    rng, num = torch.Generator().manual_seed(0), len(random)
-    draws = [ratio(torch.randint(num, (num,), generator=rng)) for _ in range(1000)]
-    return ratio(torch.arange(num)), *np.quantile(draws, (0.05, 0.95))
-
-
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
@@ -128,26 +111,21 @@ def main(words: list[str] | None = None) -> None:
     posts = [Posts(common.Batch(**state), *tensors) for state, *tensors in torch.load(path)]
     if flags.taste is not None:
         posts = [part._replace(rewards=rewards_by_rule(part.batch, flags.taste)) for part in posts]
-    panels, shares = plt.subplots(1, 2, figsize=(10, 4))[1], {}
     print(f"mean ± 2 standard errors over {flags.seeds} seeds, after so many labels:")
     print(" " * 22 + "".join(f"{num:<14}" for num in POINTS))
+    found = {}  # rule -> accuracy and share, (S, points, 2)
     for name in flags.rules:
         runs = [simulate(RULES[name], seed, *posts) for seed in range(flags.seeds)]
-        values = torch.tensor(runs)  # (S, points, 2)
-        means, errors = values.mean(0).T, 2 * values.std(0).T / flags.seeds**0.5  # (2, points)
-        for axes, title, mean, error in zip(panels, ("accuracy", "share"), means, errors):
-            print(f"{name:12}{title:9}", *(f"{m:.3f} ±{e:.3f} " for m, e in zip(mean, error)))
-            axes.errorbar(POINTS, mean, error, label=name, capsize=3)
-            axes.set(xlabel="labels", title=title)
-        shares[name] = values[..., 1]
-    for name in shares if "random" in shares else ():
-        ratio, low, high = label_ratio(shares["random"], shares[name])
-        print(
-            f"{name:12}labels of random / own: {ratio:.2f}, 90 % interval {low:.2f} to {high:.2f}"
-        )
-    panels[0].legend()
-    plt.savefig(path.with_suffix(".png"), dpi=150)
-    print(f"drawn in {path.with_suffix('.png')}")
+        found[name] = np.array(runs)
+        for metric, values in zip(("accuracy", "share"), found[name].T):  # (points, S)
+            errors = 2 * values.std(1, ddof=1) / flags.seeds**0.5
+            cells = [f"{mean:.3f} ±{e:.3f} " for mean, e in zip(values.mean(1), errors)]
+            print(f"{name:12}{metric:9}", *cells)
+    for name in found if "random" in found else ():
+        shares = found["random"][..., 1], found[name][..., 1]
+        ratio, low, high = analysis.label_ratio(*shares, POINTS)
+        print(f"{name:12}random's labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
+    drawing.simulated(POINTS, found, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

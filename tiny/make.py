@@ -170,9 +170,9 @@ def write_human_summary(rng: random.Random, post: Post, haste: float = 0.0) -> s
             return summary
 
 
-def write_rows(num_rows: int, seed: int) -> list[dict[str, str | list[str]]]:
+def write_rows(num_rows: int, seed: int, taste: list[str]) -> list[dict[str, str | list[str]]]:
     """Rows of the data set, no post twice; `reference` is the summary of the less hasty reader."""
-    rng, taste, rows = random.Random(seed), draw_taste(seed), {}
+    rng, rows = random.Random(seed), {}
     while len(rows) < num_rows:
         post = write_post(rng)
         reference, other = write_human_summary(rng, post), write_human_summary(rng, post, haste=0.1)
@@ -184,7 +184,7 @@ def write_rows(num_rows: int, seed: int) -> list[dict[str, str | list[str]]]:
 
 def write_data(folder: Path, seed: int) -> list[dict[str, str | list[str]]]:
     """Write train.jsonl (10,000 rows) and test.jsonl (1,000); return the training rows."""
-    rows = write_rows(11_000, seed)
+    rows = write_rows(11_000, seed, draw_taste(seed))
     for name, part in (("train", rows[:10_000]), ("test", rows[10_000:])):
         text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in part)
         (folder / f"{name}.jsonl").write_text(text, encoding="utf-8", newline="\n")
