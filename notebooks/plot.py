@@ -72,7 +72,10 @@ def grouped(folders: list[str]) -> dict[str, tuple[str, list[Rows]]]:
         is_one = len({flags["seed"] for _, _, flags, _ in runs}) == len(runs)
         for part in [runs] if is_one else [[run] for run in runs]:
             label = (is_one and part[0][1]) or " + ".join(name for name, *_ in part)
-            arms[label] = arm_of(part[0][2]), [rows for *_, rows in part]
+            arm, stem = arm_of(part[0][2]), part[0][1]
+            # The default folder of another script with the same flags, as my_rule-bai-0.
+            is_own = arm[arm.find("-") :] in stem and not stem.startswith(arm)
+            arms[label] = stem if is_own else arm, [rows for *_, rows in part]
     return arms
 
 

@@ -34,6 +34,8 @@ def test_runs_that_differ_in_the_seed_alone_are_an_arm_and_points_are_evaluation
         "other": 1,
         "again": 1,
     }
+    own = write_run(tmp_path / "my_rule-bai-1", 1, [0.5, 0.6])  # another script, the same flags
+    assert [arm for arm, _ in plot.grouped([own, other]).values()] == ["my_rule-bai", "sea-bai"]
     x, y, error = drawing.points(arms["a"][1], "win_rate")
     assert x.tolist() == [0, 10, 20] and y == pytest.approx([0.1, 1.7, 0.3])
     assert error == pytest.approx([0, 0.5, 0])  # two seeds: half their distance
