@@ -340,11 +340,9 @@ def load_ensemble(
     """The frozen encoder of --erm_backbone, which reads the policy's tokens, and the heads."""
     backbone, name = ref_model.base_model, config.erm_backbone
     if name != "reference":
-        own = harness.load_pretrained(transformers.AutoTokenizer, name, "erm_backbone")
-        options = {"dtype": torch.float32}
-        backbone = harness.load_pretrained(transformers.AutoModel, name, "erm_backbone", **options)
-        backbone.to(config.device)
-        harness.check_model(backbone, own, tokenizer, f"--erm_backbone {name}", config)
+        auto_class = transformers.AutoModel
+        backbone, own = harness.load_pretrained(auto_class, "erm_backbone", config)
+        harness.check_model(backbone, own, tokenizer, "erm_backbone", config)
         backbone.to(torch.bfloat16 if config.device.startswith("cuda") else torch.float32)
     print(f"backbone   {name}, {config.num_heads} heads")
     return backbone, EpistemicRewardModel(backbone.config.hidden_size, config)

@@ -31,7 +31,7 @@ def save(model: torch.nn.Module, folder: Path, **changes) -> str:
 def load(flags: dict, script: str = "pilaf", **changes) -> tuple:
     """The training and the held-out prompts of a run with changed flags, and the tokenizer."""
     config = config_of(script, flags, **changes)
-    tokenizer = harness.load_pretrained(transformers.AutoTokenizer, config.model, "model")
+    tokenizer = harness.load_pretrained(CAUSAL, "model", config)[1]
     return *harness.load_prompts(config, tokenizer), tokenizer
 
 
