@@ -375,7 +375,7 @@ class RewardModelOracle(Oracle):
         def rewards(rows: Tensor) -> Tensor:
             batch = {"input_ids": [ids[i] for i in rows]}
             batch = self.tokenizer.pad(batch, padding_side="right", return_tensors="pt")
-            return self.model(**batch.to(self.model.device)).logits[:, 0].float()
+            return self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu()
 
         values = in_parts(rewards, len(ids), self.config.micro_batch_size)
         require(values.isfinite().all(), "the oracle's reward is not finite")

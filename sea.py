@@ -90,7 +90,6 @@ class Config(harness.Config):
         require(is_right, f"--num_candidates {self.num_candidates} is below 2, or {why}")
         is_right = self.num_heads >= 2 if has_heads else self.num_heads == 0
         require(is_right, f"--num_heads {self.num_heads} {why}: 2 at least, or 0 without any use")
-        require(self.best_of_n != 1, "--best_of_n must be 0 or at least 2")
         require(self.explore != "apl" or self.loss == "dpo", "--explore apl needs --loss dpo")
 
 
@@ -193,7 +192,7 @@ def read_features(backbone: nn.Module, batch: Batch, config: Config) -> Tensor:
         with common.autocast(backbone.device):
             states = backbone(**row)[0][:, -length:].float()  # (b, L, D)
         sums = common.unpack(states, mask).sum(2)  # (b, N, R, D) -> (b, N, D)
-        return sums / mask.sum(2, keepdim=True)
+        return (sums / mask.sum(2, keepdim=True)).cpu()
 
     return common.in_parts(features, len(batch), config.micro_batch_size)
 
@@ -243,20 +242,6 @@ def most_uncertain_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, T
     return flat // num, flat % num
 
 
-def best_two(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
-    """The best and the second best distinct candidate, (B, N) -> (B,), (B,). By the mean head it
-    exploits without a thought for uncertainty: SEA's control."""
-    first, second = rewards.masked_fill(~is_distinct, -math.inf).topk(2).indices.T
-    return first, second
-
-
-def two_arbitrary(is_distinct: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two distinct candidates, (B, N) -> (B,), (B,); candidates come in no order. All
-    else SEA's, what remains is the choice: the other control."""
-    second = is_distinct[:, 1:].int().argmax(1) + 1
-    return torch.zeros_like(second), second
-
-
 def choose_duels(
     config: Config, batch: Batch, rewards: Tensor | None, is_synthetic: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,10 +260,11 @@ def choose_duels(
         return best, worst, is_clash
     if config.explore == "uncertainty":
         first, second = most_uncertain_pair(rewards, is_distinct)
-    elif config.explore == "best_two":
-        first, second = best_two(rewards.mean(0), is_distinct)
-    elif config.explore == "random":
-        first, second = two_arbitrary(is_distinct)
+    elif config.explore == "best_two":  # of the mean head, as if it were certain: a control
+        mean = rewards.mean(0).masked_fill(~is_distinct, -math.inf)  # (E, B, N) -> (B, N)
+        first, second = mean.topk(2).indices.T
+    elif config.explore == "random":  # the first two distinct ones, which come in no order
+        first, second = 0 * rows, is_distinct[:, 1:].int().argmax(1) + 1
     else:
         first = thompson_first(rewards, heads, is_distinct)
     if config.explore == "bai":
@@ -321,8 +307,7 @@ def best_of_n_metrics(
 ) -> dict[str, float]:
     """best_of_n_*: win_metrics and reward of the mean head's best of N policy samples."""
     rng, models = generator(config.seed, "best of n"), (task.policy, task.tokenizer)
-    options = {"temperature": 1.0}
-    batch = common.respond(*models, task.held_out, config.best_of_n, rng, config, **options)
+    batch = common.respond(*models, task.held_out, config.best_of_n, rng, config, temperature=1.0)
     best = ensemble(read_features(backbone, batch, config)).mean(0).argmax(-1)  # (E, B, N) -> (B,)
     texts = [[row[n]] for row, n in zip(batch.responses, best)]
     rewards = task.oracle.score(batch.columns["prompt"], texts)[:, 0]
