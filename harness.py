@@ -98,7 +98,7 @@ class Config:
             value = getattr(self, known.name)
             if value != known.default and known.name not in (self.arm, *self.unnamed):
                 words.append(known.name + "=" + re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)))
-        return f"runs/{'-'.join(words)}-{self.seed}"
+        return f"runs/{'-'.join(words)[:200]}-{self.seed}"  # no disk takes any length
 
     def take_saved_flags(self) -> None:
         """The flags of the run in --output_dir; of those given only --num_queries may differ."""
@@ -116,15 +116,21 @@ class Config:
 # ---------------------------------------------------------------- models
 
 
+def path_of(flag_name: str, config: Config) -> str:
+    """A path starts with . / ~, and never asks the hub; else it may be a hub's id."""
+    name = getattr(config, flag_name)
+    path, is_path = os.path.expanduser(name), name.startswith((".", "/", "~"))
+    require(os.path.exists(path) or not is_path, f"--{flag_name} {name}: nothing there")
+    return path
+
+
 def load_pretrained(
     auto_class: Any, flag_name: str, config: Config, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
     """The model that a flag names, with every dropout at 0, and its tokenizer."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    name, options = getattr(config, flag_name), {"trust_remote_code": False}
-    path, is_path = os.path.expanduser(name), name.startswith((".", "/", "~"))
-    require(os.path.exists(path) or not is_path, f"--{flag_name} {name}: nothing there")
+    path, options = path_of(flag_name, config), {"trust_remote_code": False}
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     settings = transformers.AutoConfig.from_pretrained(path, **options)
@@ -133,7 +139,7 @@ def load_pretrained(
     model, info = auto_class.from_pretrained(path, **options)
     # A causal model loaded as a reward model would get a random head, and only a warning.
     missing = ", ".join(sorted(info["missing_keys"])[:3])
-    require(not missing, f"--{flag_name} {name} lacks weights that its use here needs: {missing}")
+    require(not missing, f"--{flag_name} {path} lacks weights that its use here needs: {missing}")
     return model.to(config.device), tokenizer
 
 
@@ -155,8 +161,11 @@ def check_model(
     responses = torch.randint(num, (1, 2, config.max_new_tokens), generator=rng)
     row = common.packed_row(model, prompt, prompt * 0 + 1, responses, responses * 0 + 1)
     rows = {"input_ids": torch.cat([prompt, responses[:, 1]], dim=1).to(model.device)}, row
-    with torch.no_grad():
-        plain, packed = (model(**r)[0][0, -config.max_new_tokens :] for r in rows)  # (R, V)
+    try:
+        with torch.no_grad():
+            plain, packed = (model(**r)[0][0, -config.max_new_tokens :] for r in rows)  # (R, V)
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise UserError(f"{where} cannot read packed rows: {error}") from error
     error = ((packed - plain).abs().max() / plain.std()).item()
     require(error < 1e-3, f"{where} misreads packed rows, by {error:.2g} standard deviations")
 
@@ -184,7 +193,7 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    name, options = os.path.expanduser(config.dataset), {}
+    name, options = path_of("dataset", config), {}
     if os.path.isfile(name):
         name, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
     splits = dict(datasets.load_dataset(name, **options))
@@ -199,29 +208,26 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     return tokenise_prompts(train, config, tokenizer), held_out
 
 
-def read_columns(rows: Any, config: Config) -> dict[str, list]:
-    """The columns that are used, by the names that the code gives them, and no others: they go
-    into checkpoints, where a column of dates could not be read again. Of a list of chat messages
-    the text is the last one's."""
+def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
+    """Rows of a data set as a `Batch` without responses; too long prompts are dropped. A prompt may
+    be a list of chat messages if the model has a template; the oracle reads its last user turn.
+
+    Only the columns that are used are kept, by the names that the code gives them: they go into
+    checkpoints, where a column of dates could not be read again.
+    """
     known, where = rows.column_names, f"--dataset {config.dataset}"
     gold = ("wanted", "wrong", "clutter")
     columns = {name: rows[name][:] for name in gold} if set(gold) <= set(known) else {}
     for name in ("prompt", "reference", "other"):
         wanted, default = (getattr(c, f"{name}_column", None) for c in (config, type(config)))
         if wanted in known:
-            values = [v[-1]["content"] if isinstance(v, list) else v for v in rows[wanted][:]]
-            is_text = all(isinstance(value, str) and value.strip() for value in values)
+            texts = [v[-1]["content"] if isinstance(v, list) else v for v in rows[wanted][:]]
+            is_text = all(isinstance(text, str) and text.strip() for text in texts)
             require(is_text, f"{where}: a row's {wanted} is empty, or not text")
-            columns[name] = values
+            columns[name] = texts
         elif name == "prompt" or wanted != default:
             raise UserError(f"{where} has no --{name}_column {wanted}, but {', '.join(known)}")
-    return columns
-
-
-def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
-    """Rows of a data set as a `Batch` without responses; too long prompts are dropped. A prompt may
-    be a list of chat messages if the model has a template; the oracle reads its last user turn."""
-    columns, texts = read_columns(rows, config), rows[config.prompt_column][:]
+    texts = rows[config.prompt_column][:]
     is_chat = bool(tokenizer.chat_template) or not isinstance(texts[0], str)
     if is_chat:
         chats = [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in texts]
@@ -256,6 +262,7 @@ def is_first() -> bool:
 
 
 def to_lines(rows: list[dict[str, Any]]) -> str:
+    """Rows of a JSONL file."""
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
@@ -264,13 +271,6 @@ def rewrite(path: Path, text: str) -> None:
     if is_first():
         path.with_suffix(".tmp").write_text(text, encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Add rows to a JSONL file; it is closed, hence flushed, at once."""
-    if is_first():
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(to_lines(rows))
 
 
 class Oracle:
@@ -327,8 +327,9 @@ class Oracle:
                     answer = (own[0] + noise[i]).tolist()
                 rows[i] = {"prompt": prompts[i], "texts": texts[i], "answer": answer}
                 rows[i]["rewards"] = None if own is None else own[0].tolist()
-                if self.path:
-                    append(self.path, [rows[i]])
+                if self.path and is_first():
+                    with open(self.path, "a", encoding="utf-8") as file:  # closed, hence flushed
+                        file.write(to_lines([rows[i]]))
         self.queries, self.num_answers = start + sum(costs), self.num_answers + len(rows)
         return rows
 
@@ -550,7 +551,7 @@ class Run:
         self.labelled = self.bar.n = oracle.queries
 
     def load(self) -> None:
-        """Go back to the checkpoint, if there is one, and cut the files to what they were then."""
+        """Go back to the checkpoint, if there is one."""
         path, num_answers = self.folder / "checkpoint.pt", 0
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -559,23 +560,19 @@ class Run:
             vars(self).update(state["run"])
             vars(self.counts).update(state["counts"])
             self.oracle.queries, num_answers = state["labels"]
-        for name, rows in self.rows.items():
-            rewrite(self.folder / f"{name}.jsonl", to_lines(rows))
         self.oracle.open(self.folder / "labels.jsonl", num_answers)
 
     def save(self) -> None:
-        """Write checkpoint.pt, under another name first: there is always a whole one."""
+        """Write the JSONL files and, last, checkpoint.pt: there is always a whole one."""
         if is_first():
+            for name, rows in self.rows.items():
+                rewrite(self.folder / f"{name}.jsonl", to_lines(rows))
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state["run"] = {name: vars(self)[name] for name in self.saved}
             state["counts"] = vars(self.counts)
             state["labels"] = (self.oracle.queries, self.oracle.num_answers)
             torch.save(state, self.folder / "checkpoint.tmp")
             os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
-
-    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
-        append(self.folder / f"{name}.jsonl", rows)
-        self.rows[name] += rows
 
     def evaluation_is_due(self, num_labels: int, is_forced: bool) -> bool:
         """At the start, every --eval_every labels that were trained on, and where it is forced,
@@ -590,11 +587,11 @@ class Run:
             self.seen.setdefault(name, []).append(value)
 
     def keep(self, labelled: Batch, synthetic: Batch | None = None) -> None:
-        """Write pairs, chosen first, to preferences.jsonl, with their source."""
+        """Pairs, chosen first, are rows of preferences.jsonl, with their source."""
         for pairs, source in ((labelled, "oracle"), (synthetic, "model")):
             for x, y in zip(pairs.columns["prompt"], pairs.responses) if pairs else []:
                 row = {"round": self.round, "prompt": x, "chosen": y[0], "rejected": y[1]}
-                self.write("preferences", [row | {"source": source}])
+                self.rows["preferences"].append(row | {"source": source})
         self.counts.synthetic_pairs += len(synthetic or [])
 
     def log(self, metrics: dict, samples: list[dict], own: dict[str, float]) -> None:
@@ -602,8 +599,8 @@ class Run:
         queries, is_new = {"queries": self.oracle.queries}, self.evaluated is None
         means = {name: sum(values) / len(values) for name, values in sorted(self.seen.items())}
         row = queries | {"round": self.round} | vars(self.counts) | metrics | own | means
-        self.write("metrics", [row])
-        self.write("samples", [queries | sample for sample in samples])
+        self.rows["metrics"].append(row)
+        self.rows["samples"] += [queries | sample for sample in samples]
         cells = [f"{name} {row[name]:.3f}" for name in self.table if name in row]
         tqdm.write("  ".join([f"labels {self.oracle.queries}", *cells]))
         for sample in samples[:2]:

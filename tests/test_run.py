@@ -314,7 +314,7 @@ def test_a_checkpoint_needs_no_trust_and_a_column_of_dates_does_no_harm(
     with pytest.raises(Stopped):
         train(script, flags, stops(5), **more)
     state = torch.load(Path(flags["output_dir"], "checkpoint.pt"), weights_only=True)
-    assert "'day'" not in str(state) and {"policy", "counts", "queries"} <= state.keys()
+    assert "'day'" not in str(state) and {"policy", "counts", "labels"} <= state.keys()
     folder = train(script, flags, Rule, **more, resume="")
     assert rows(folder / "metrics.jsonl")[-1]["queries"] >= 12
 

@@ -449,7 +449,7 @@ WRONG = [  # the last flag is to blame
     dict(gamma=1.5), dict(explore="passive", gamma=0.7), dict(explore="apl", gamma=0.7),
     dict(num_candidates=1), dict(explore="apl", num_candidates=1), dict(num_heads=1),
     dict(explore="passive", num_candidates=3), dict(explore="passive", num_heads=2),
-    dict(explore="apl", best_of_n=2, num_heads=0), dict(best_of_n=1), dict(num_heads=0),
+    dict(explore="apl", best_of_n=2, num_heads=0), dict(num_heads=0),
     dict(explore="apl", loss="ipo"),
 ]  # fmt: skip
 
