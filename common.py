@@ -268,13 +268,10 @@ def response_logps(model: nn.Module, batch: Batch) -> Tensor:
 @torch.no_grad()
 def frozen_logps(model: nn.Module, batch: Batch, config: Any) -> Tensor:
     """`response_logps` (B, N) without a gradient, in micro-batches, on the CPU."""
-
-    def logps(rows: Tensor) -> Tensor:
-        return response_logps(model, batch.select(rows)).cpu()
-
     if not len(batch):
         return torch.zeros(batch.response_mask.shape[:2])
-    return in_parts(logps, len(batch), config.micro_batch_size)
+    size = config.micro_batch_size
+    return in_parts(lambda rows: response_logps(model, batch.select(rows)).cpu(), len(batch), size)
 
 
 # ---------------------------------------------------------------- generation

@@ -55,9 +55,7 @@ class Config:
     learning_rate: float = flag(3e-4, "of AdamW, constant after warm-up (SEA, SELM: 5e-7)")
     warmup_steps: int = flag(5, "gradient steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    labels: Literal["bernoulli", "argmax"] = flag(
-        "bernoulli", "bernoulli draws a label from sigmoid(r1 - r2), argmax takes the larger reward"
-    )
+    labels: Literal["bernoulli", "argmax"] = flag("bernoulli", "drawn, or the larger reward wins")
     eval_every: int = flag(256, "labels between evaluations")
     eval_prompts: int = flag(256, "held-out prompts an evaluation")
     checkpoint_every: int = flag(20, "rounds between checkpoints")
@@ -74,6 +72,7 @@ class Config:
 
     script, arm = "run", "labels"  # the default folder is named after the script and this flag
     may_be_zero = ("seed", "learning_rate", "warmup_steps")  # every other number is above 0
+    shown = ("win_rate", "reward", "kl", "objective", "gold")  # of the metrics, on the screen
     unnamed = ("output_dir", "resume", "overwrite", "debug", "seed", "device", "planned_queries")
 
     def __post_init__(self) -> None:
@@ -527,11 +526,8 @@ class Run:
 
     saved = ("round", "evaluated", "seen", "rows")
 
-    def __init__(
-        self, config: Config, oracle: Oracle, parts: dict[str, Any], counts: Counts, table: tuple
-    ) -> None:
+    def __init__(self, config: Config, oracle: Oracle, parts: dict, counts: Counts) -> None:
         self.config, self.oracle, self.parts, self.counts = config, oracle, parts, counts
-        self.table = ("win_rate", "reward", "kl", "objective", "gold", *table)  # on the screen
         self.folder = Path(config.output_dir).expanduser()
         self.round = self.idle_rounds = 0
         self.evaluated, self.seen = None, {}  # (labels, round) of the last row; values since then
@@ -601,7 +597,7 @@ class Run:
         row = queries | {"round": self.round} | vars(self.counts) | metrics | own | means
         self.rows["metrics"].append(row)
         self.rows["samples"] += [queries | sample for sample in samples]
-        cells = [f"{name} {row[name]:.3f}" for name in self.table if name in row]
+        cells = [f"{name} {row[name]:.3f}" for name in self.config.shown if name in row]
         tqdm.write("  ".join([f"labels {self.oracle.queries}", *cells]))
         for sample in samples[:2]:
             if is_new:
@@ -628,7 +624,8 @@ class Run:
             policy.save_pretrained(self.folder / "model")
             tokenizer.save_pretrained(self.folder / "model")
         first, last = self.rows["metrics"][0], self.rows["metrics"][-1]
-        gains = [f"{name} {last[name] - first[name]:+.3f}" for name in self.table if name in first]
+        names = [name for name in self.config.shown if name in first]
+        gains = [f"{name} {last[name] - first[name]:+.3f}" for name in names]
         print("since the start:", "  ".join(gains))
         print(f"done, {self.oracle.queries} labels; see: python notebooks/plot.py {self.folder}")
 

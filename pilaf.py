@@ -66,6 +66,7 @@ class Config(harness.Config):
     num_epochs: int = flag(1, "passes over the pairs of an iteration")
 
     script, arm = "pilaf", "sampler"
+    shown = (*harness.Config.shown, "sampling_cost")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -292,7 +293,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     rounds_per_iteration = math.ceil(prompts_per_iteration / config.batch_size)
     optimizer, replay = common.start_optimizer(policy, config), common.Replay()
     parts = {"policy": policy, "optimizer": optimizer, "replay": replay}
-    run = harness.Run(config, oracle, parts, counts, table=("sampling_cost",))
+    run = harness.Run(config, oracle, parts, counts)
 
     while True:
         t, step = divmod(run.round, rounds_per_iteration)

@@ -71,6 +71,7 @@ class Config(harness.Config):
     best_of_n: int = flag(0, "also evaluate the mean head's best of so many samples")
 
     script, arm = "sea", "explore"
+    shown = (*harness.Config.shown, "online_win_rate", "ensemble_disagreement")
     may_be_zero = (*harness.Config.may_be_zero, "num_heads", "burn_in", "anchor", "best_of_n")
 
     def __post_init__(self) -> None:
@@ -350,8 +351,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     if config.num_heads:
         backbone, ensemble = load_ensemble(config, ref_model, tokenizer)
         parts["ensemble"] = ensemble
-    table = ("online_win_rate", "ensemble_disagreement")
-    run = harness.Run(config, oracle, parts, harness.Counts(), table)
+    run = harness.Run(config, oracle, parts, harness.Counts())
     num_prompts = config.batch_size * (4 if config.explore == "apl" else 1)
 
     while True:

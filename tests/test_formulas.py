@@ -92,17 +92,6 @@ def sample_one(logits: list[float], uniform: float, temperature: float = 1.0) ->
     return sample_tokens(torch.tensor([[logits]]), torch.tensor([[uniform]]), temperature).item()
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_evenly_spread_uniforms_draw_each_token_as_often_as_the_softmax_says(temperature):
-    logits, count = [0.3, -1.2, 2.0, 0.0, -3.0], 4000
-    uniforms = (torch.arange(count) + 0.5).view(4, 1000) / count
-    tokens = sample_tokens(torch.tensor(logits).expand(4, 1000, 5), uniforms, temperature)
-    weights = [math.exp(x / temperature) for x in logits]
-    for token, weight in enumerate(weights):
-        expected = count * weight / sum(weights)
-        assert abs((tokens == token).sum().item() - expected) <= 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_token_whose_cumulative_probability_exceeds_the_uniform_is_drawn(dtype):
     rng = torch.Generator().manual_seed(1)
@@ -170,11 +159,6 @@ def test_win_metrics_equal_a_plain_loop_with_ties_one_half():
         "win_rate_stderr": math.sqrt(sum((win - 4 / 6) ** 2 for win in wins)) / 6,
         "win_probability": sum(r / (r + b) for r, b in pairs) / 6,
     })  # fmt: skip
-
-
-def test_a_wide_reward_gap_does_not_overflow_the_win_probability():
-    rewards = torch.tensor([1e4, -1e4, -1e4])
-    assert win_metrics(rewards, -rewards)["win_probability"] == pytest.approx(1 / 3)
 
 
 def test_gold_is_wanted_facts_minus_wrong_ones_minus_clutter_minus_a_tenth_a_word():

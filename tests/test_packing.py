@@ -338,18 +338,6 @@ def test_stacked_and_beside_join_prompts_and_responses_as_they_were(batch):
         assert_same_row(beside, row, batch, row, [1, 0, 0, 1, 2])
 
 
-def test_a_replay_comes_back_from_a_file_that_needs_no_trust(batch, tmp_path):
-    parts = [batch, batch.select(torch.tensor([1]), torch.tensor([[2, 0]]))]
-    torch.save(common.Replay(parts).state_dict(), tmp_path / "replay.pt")
-    replay = common.Replay([batch])
-    replay.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
-    for found, part in zip(replay, parts, strict=True):
-        assert len(found) == len(part)
-        for row in range(len(part)):
-            assert_same_row(found, row, part, row, list(range(part.response_ids.shape[1])))
-        assert torch.equal(found.ref_logps, part.ref_logps)
-
-
 def test_a_text_is_distinct_at_its_first_place_whatever_stands_around_it():
     responses = [["a", "b", "a ", "c"], ["", " ", "\n", "A"], ["x", "x", "x", "x"]]
     assert common.distinct(responses).int().tolist() == [[1, 1, 0, 1], [1, 0, 0, 1], [1, 0, 0, 0]]

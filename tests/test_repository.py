@@ -70,16 +70,6 @@ def test_the_tests_do_not_grow():
 # ---------------------------------------------------------------- flags, commands, paths, tables
 
 
-@EACH
-def test_help_lists_every_flag(name):
-    command = [sys.executable, ROOT / f"{name}.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0
-    for field in fields(SCRIPTS[name].Config):
-        assert f"--{field.name}" in done.stdout or not field.init
-        assert field.metadata.get("help") or not field.init
-
-
 @pytest.mark.parametrize("name, words", [*COMMANDS, *sum(DOCSTRINGS.values(), [])])
 def test_a_documented_command_is_taken_by_the_real_parser(name, words, monkeypatch):
     monkeypatch.chdir(ROOT)
