@@ -46,27 +46,23 @@ def ranks() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if is_on else (0, 1)
 
 
-def dealt(function: Callable[[Tensor], Any], count: int, size: int) -> list[Any]:
-    """`function(rows)` of each micro-batch of at most `size` of `count` rows, in order: `size`
-    bounds the memory of every heavy computation. Of several processes each does every n-th part
-    and sends what came out, on the CPU, to the others; all else they do alike."""
+def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
+    """Concatenate `function(rows)` over micro-batches of at most `size` of `count` rows; it returns
+    a tensor, or a tuple of tensors, with an entry a row, on the CPU.
+
+    Every heavy computation goes through here, so `size` bounds the memory of all. Of several
+    processes each does every n-th part and gets the others' results; all else they do alike.
+    """
     rank, num_ranks = ranks()
     parts = torch.arange(count).split(min(size, max(1, -(-count // num_ranks))))
-    mine = [function(rows) for rows in parts[rank::num_ranks]]
-    if num_ranks == 1:
-        return mine
-    everyone = [None] * num_ranks
-    distributed.all_gather_object(everyone, mine)
-    return [everyone[n % num_ranks][n // num_ranks] for n in range(len(parts))]
-
-
-def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
-    """`function(rows)` of `count` rows in micro-batches, concatenated. It returns a tensor, or a
-    tuple of tensors, with an entry a row, on the CPU."""
-    parts = dealt(function, count, size)
-    if isinstance(parts[0], tuple):
-        return tuple(torch.cat(column) for column in zip(*parts))
-    return torch.cat(parts)
+    results = [function(rows) for rows in parts[rank::num_ranks]]
+    if num_ranks > 1:
+        everyone = [None] * num_ranks
+        distributed.all_gather_object(everyone, results)
+        results = [everyone[n % num_ranks][n // num_ranks] for n in range(len(parts))]
+    if isinstance(results[0], tuple):
+        return tuple(torch.cat(column) for column in zip(*results))
+    return torch.cat(results)
 
 
 # ---------------------------------------------------------------- B prompts x N responses
@@ -462,7 +458,7 @@ def train_step(
         return torch.cat([losses[:, None], implicit_rewards], dim=1).detach().cpu()
 
     policy.train()
-    seen = dealt(backward, len(pairs), config.micro_batch_size)
+    seen = in_parts(backward, len(pairs), config.micro_batch_size)  # (n, 1 + N)
     policy.eval()
     if ranks()[1] > 1:
         for weight in policy.parameters():
@@ -476,4 +472,4 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     names = ("loss", "chosen_reward", "rejected_reward", "y_reward")
-    return dict(zip(names, torch.cat(seen).mean(0).tolist())) | {"grad_norm": norm.item()}
+    return dict(zip(names, seen.mean(0).tolist())) | {"grad_norm": norm.item()}

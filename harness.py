@@ -524,8 +524,6 @@ class Run:
     random numbers depend on the seed and its number alone, so a checkpoint holds the state_dict of
     `parts`, the counts and the rows of the files, no more."""
 
-    saved = ("round", "evaluated", "seen", "rows")
-
     def __init__(self, config: Config, oracle: Oracle, parts: dict, counts: Counts) -> None:
         self.config, self.oracle, self.parts, self.counts = config, oracle, parts, counts
         self.folder = Path(config.output_dir).expanduser()
@@ -564,17 +562,18 @@ class Run:
             for name, rows in self.rows.items():
                 rewrite(self.folder / f"{name}.jsonl", to_lines(rows))
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            state["run"] = {name: vars(self)[name] for name in self.saved}
+            names = ("round", "evaluated", "seen", "rows")
+            state["run"] = {name: vars(self)[name] for name in names}
             state["counts"] = vars(self.counts)
             state["labels"] = (self.oracle.queries, self.oracle.num_answers)
             torch.save(state, self.folder / "checkpoint.tmp")
             os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
-    def evaluation_is_due(self, num_labels: int, is_forced: bool) -> bool:
-        """At the start, every --eval_every labels that were trained on, and where it is forced,
-        but never twice for one round."""
+    def evaluation_is_due(self, is_forced: bool) -> bool:
+        """At the start, every --eval_every labels, and where it is forced; once a round."""
         labels, number = self.evaluated or (0, -1)
-        is_step = num_labels // self.config.eval_every > labels // self.config.eval_every
+        every = self.config.eval_every
+        is_step = self.oracle.queries // every > labels // every
         return number < self.round and (is_forced or is_step or number == -1)
 
     def record(self, values: dict[str, float]) -> None:

@@ -234,8 +234,8 @@ class Counts(harness.Counts):
         if not self.labelled_pairs:
             return {}
         streams = self.decoder_streams * config.num_candidates / self.candidates
-        metrics = {"sampling_cost": streams}
-        metrics["annotation_cost"] = self.responses_read / self.labelled_pairs
+        annotation = self.responses_read / self.labelled_pairs
+        metrics = {"sampling_cost": streams, "annotation_cost": annotation}
         if config.importance_weights:
             num_equal = self.weight_sum**2 / self.weight_square_sum
             metrics["effective_sample_size"] = num_equal / self.num_weights
@@ -255,9 +255,8 @@ def pair_loss(
 
 
 def plan(config: Config) -> tuple[int, int, int | None]:
-    """Labels a prompt, prompts of an iteration, and how many iterations the budget pays for: online
-    a round is one, and they go on until the labels are spent. Those that --resume adds with more
-    --num_queries are as long as the others."""
+    """Labels a prompt, prompts of an iteration (online: of a round), and how many iterations the
+    budget pays for; --resume with more --num_queries adds further ones of the same length."""
     cost = config.num_candidates if config.sampler == "best_of_n_oracle" else 1
     if not config.num_iterations:
         return cost, config.batch_size, None
@@ -300,7 +299,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         num_left = (config.num_queries - oracle.queries) // cost
         is_last = t == num_iterations or num_left == 0
         is_milestone = is_last or config.num_iterations is not None
-        if step == 0 and run.evaluation_is_due(oracle.queries, is_milestone):
+        if step == 0 and run.evaluation_is_due(is_milestone):
             run.log(*evaluate(task, config), {"iteration": t} | counts.metrics(config))
         if is_last:
             break

@@ -347,7 +347,8 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     task = harness.load(config, oracle)
     policy, ref_model, tokenizer, oracle = task.policy, task.ref_model, task.tokenizer, task.oracle
     optimizer, loss = common.start_optimizer(policy, config), partial(pair_loss, config)
-    parts, ensemble, rewards = {"policy": policy, "optimizer": optimizer}, None, None
+    parts = {"policy": policy, "optimizer": optimizer}
+    ensemble = rewards = None
     if config.num_heads:
         backbone, ensemble = load_ensemble(config, ref_model, tokenizer)
         parts["ensemble"] = ensemble
@@ -356,7 +357,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
 
     while True:
         is_last = oracle.queries >= config.num_queries
-        if run.evaluation_is_due(oracle.queries, is_last):
+        if run.evaluation_is_due(is_last):
             own = best_of_n_metrics(task, config, backbone, ensemble) if config.best_of_n else {}
             run.log(*evaluate(task, config), own)
         if is_last:

@@ -257,7 +257,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
 
     while True:
         t, step = divmod(run.round, rounds_per_iteration)
-        if run.evaluation_is_due(oracle.queries, step == 0):
+        if run.evaluation_is_due(step == 0):
             run.log(*evaluate(task, config), {"iteration": t} | forward_kl(task, config, reference))
         if t == num_iterations:
             break
