@@ -273,7 +273,7 @@ def test_the_eos_ids_are_the_tokenizers_and_those_of_the_generation_config(model
     assert sorted(common.eos_ids(model, tokenizer).tolist()) == sorted({0, *own})
 
 
-@pytest.mark.parametrize("size, given", [(1, None), (2, 1.0), (64, 0.0)])
+@pytest.mark.parametrize("size, given", [(1, None), (2, 1.0), (64, 0.7)])
 def test_respond_samples_at_its_temperature_whatever_the_micro_batch_size_and_decodes_real_tokens(
     model, tokenizer, batch, size, given
 ):
@@ -283,7 +283,7 @@ def test_respond_samples_at_its_temperature_whatever_the_micro_batch_size_and_de
     uniforms = torch.rand(3, 2, 6, generator=common.generator(2, "x"))
     drawn = common.respond(model, tokenizer, batch, 2, rng, config, temperature=given)
     assert drawn.columns == batch.columns and drawn.response_ids.shape == (3, 2, 6)
-    temperature = 0.5 if given is None else given
+    temperature = given or 0.5
     for b, n in itertools.product(range(3), range(2)):
         prompt, response = real_ids(drawn, b, n)
         numbers = uniforms[b, n].tolist()
