@@ -2,8 +2,7 @@
 
 Everything is B prompts with N responses each. A prompt and its responses are computed as one
 *packed row*, ``prompt | y_1 | ... | y_N``: a mask lets each response see the prompt and itself
-only, and positions restart after the prompt, so the prompt is computed and kept once however many
-responses hang on it. Nothing here reads a file, prints, or knows which paper runs.
+only, and positions restart after the prompt, so the prompt is computed and kept once.
 
 Shapes: B prompts, N responses a prompt, P prompt tokens, R response tokens, L response tokens of a
 packed row, S = P + L, V vocabulary. Prompts are padded on the left, responses on the right. A mask
@@ -17,15 +16,12 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, distributed, nn
-
-if TYPE_CHECKING:
-    from harness import Config
 
 
 class UserError(Exception):
@@ -38,28 +34,10 @@ def require(condition: Any, message: str) -> None:
 
 
 def generator(seed: int, purpose: str, *numbers: int) -> torch.Generator:
-    """The CPU random stream of one purpose and, for instance, one round.
-
-    No use can shift another, and a run that is resumed in round 7 draws what it would have drawn.
-    """
+    """The CPU random stream of one purpose and, for instance, one round: no use can shift another,
+    and a run that is resumed in round 7 draws what it would have drawn."""
     name = random.Random(repr((seed, purpose, *numbers)))
     return torch.Generator().manual_seed(name.getrandbits(63))
-
-
-def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
-    """Concatenate `function(rows)` over micro-batches of at most `size` of `count` rows.
-
-    Every heavy computation goes through here, so `size` bounds the memory of all of them.
-    `function` returns a tensor, or a tuple of tensors, with an entry a row; they come back on the
-    CPU.
-    """
-
-    def on_cpu(rows: Tensor) -> list[Tensor]:
-        result = function(rows)
-        return [tensor.cpu() for tensor in (result if isinstance(result, tuple) else (result,))]
-
-    columns = [torch.cat(column) for column in zip(*dealt(on_cpu, count, size))]
-    return tuple(columns) if len(columns) > 1 else columns[0]
 
 
 def ranks() -> tuple[int, int]:
@@ -68,24 +46,23 @@ def ranks() -> tuple[int, int]:
     return (distributed.get_rank(), distributed.get_world_size()) if is_on else (0, 1)
 
 
-def dealt(function: Callable[[Tensor], Any], count: int, size: int) -> list[Any]:
-    """`function(rows)` of all micro-batches, in order; each process computes every n-th of them and
-    sends what came out, or what went wrong, to the others. All else they do alike."""
+def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
+    """Concatenate `function(rows)` over micro-batches of at most `size` of `count` rows; it returns
+    a tensor, or a tuple of tensors, with an entry a row, on the CPU.
+
+    Every heavy computation goes through here, so `size` bounds the memory of all. Of several
+    processes each does every n-th part and gets the others' results; all else they do alike.
+    """
     rank, num_ranks = ranks()
     parts = torch.arange(count).split(min(size, max(1, -(-count // num_ranks))))
-    if num_ranks == 1:
-        return [function(rows) for rows in parts]
-    results, error = [], None
-    try:
-        results = [function(rows) for rows in parts[rank::num_ranks]]
-    except Exception as problem:
-        error = UserError(f"process {rank}: {problem}")
-    everyone = [None] * num_ranks
-    distributed.all_gather_object(everyone, (results, error))
-    for _, error in everyone:
-        if error:
-            raise error
-    return [everyone[n % num_ranks][0][n // num_ranks] for n in range(len(parts))]
+    results = [function(rows) for rows in parts[rank::num_ranks]]
+    if num_ranks > 1:
+        everyone = [None] * num_ranks
+        distributed.all_gather_object(everyone, results)
+        results = [everyone[n % num_ranks][n // num_ranks] for n in range(len(parts))]
+    if isinstance(results[0], tuple):
+        return tuple(torch.cat(column) for column in zip(*results))
+    return torch.cat(results)
 
 
 # ---------------------------------------------------------------- B prompts x N responses
@@ -93,11 +70,8 @@ def dealt(function: Callable[[Tensor], Any], count: int, size: int) -> list[Any]
 
 @dataclass
 class Batch:
-    """B prompts with N responses each (N = 0 before they are sampled), on the CPU.
-
-    P and R are the same throughout a run, so batches are joined and indexed like any tensor; the
-    forward pass alone drops the padding.
-    """
+    """B prompts with N responses each (N = 0 before they are sampled), on the CPU. P and R are the
+    same throughout a run: batches are joined and indexed like any tensor."""
 
     columns: dict[str, list]  # B values each; "prompt" is the text that the oracle reads
     prompt_ids: Tensor  # (B, P)
@@ -163,7 +137,7 @@ class Replay(list):
 
 def distinct(responses: list[list[str]]) -> Tensor:
     """True, (B, N), where no earlier response to the same prompt reads the same. Of two responses
-    column 1 tells if they are a pair at all: only then can they be compared and trained on."""
+    column 1 tells if they are a pair that can be compared and trained on."""
     texts = [[text.strip() for text in row] for row in responses]
     return torch.tensor([[row.index(text) == n for n, text in enumerate(row)] for row in texts])
 
@@ -288,15 +262,12 @@ def response_logps(model: nn.Module, batch: Batch) -> Tensor:
 
 
 @torch.no_grad()
-def frozen_logps(model: nn.Module, batch: Batch, config: "Config") -> Tensor:
+def frozen_logps(model: nn.Module, batch: Batch, config: Any) -> Tensor:
     """`response_logps` (B, N) without a gradient, in micro-batches, on the CPU."""
-
-    def logps(rows: Tensor) -> Tensor:
-        return response_logps(model, batch.select(rows))
-
     if not len(batch):
         return torch.zeros(batch.response_mask.shape[:2])
-    return in_parts(logps, len(batch), config.micro_batch_size)
+    size = config.micro_batch_size
+    return in_parts(lambda rows: response_logps(model, batch.select(rows)).cpu(), len(batch), size)
 
 
 # ---------------------------------------------------------------- generation
@@ -312,17 +283,14 @@ class Cache(transformers.DynamicCache):
 
 
 class PackedDecoder:
-    """Next-token logits of N responses a prompt, on one key/value cache a prompt.
-
-    The prompt fills the cache once; each step then feeds the newest tokens of a prompt's open
-    responses as one row of queries. A response that has ended costs nothing more.
-    """
+    """Next-token logits of N responses a prompt. The prompt fills a key/value cache once; each step
+    feeds the newest tokens of its open responses as one row of queries."""
 
     def __init__(self, model: nn.Module, prompts: Batch) -> None:
         self.model, self.num_steps = model, 0
         takes = inspect.signature(model.forward).parameters  # transformers 5.24 renamed it
         name = "cache" if "cache" in takes else "past_key_values"
-        self.cache = {name: Cache()}
+        self.options = {name: Cache(), "use_cache": True}
         # The prompt's last token is not in the cache: it is the first that every response reads.
         ids, mask = prompts.prompt_ids[:, :-1], prompts.prompt_mask[:, :-1]
         ids, mask = (tensor[:, mask.any(0)].to(model.device) for tensor in (ids, mask))
@@ -335,14 +303,9 @@ class PackedDecoder:
         """Feed the row's newest tokens (B, n), whose owners are known -> logits (B, n, V)."""
         num_new = ids.shape[1]
         mask = attention_mask(self.owner, self.position, self.model.dtype, num_new)
-        return self.model(
-            ids,
-            attention_mask=mask,
-            position_ids=self.position[:, -num_new:],
-            **self.cache,
-            use_cache=True,
-            logits_to_keep=num_new if self.num_steps else 1,  # the prompt's are not looked at
-        ).logits.float()
+        options = self.options | {"position_ids": self.position[:, -num_new:]}
+        options["logits_to_keep"] = num_new if self.num_steps else 1  # of the prompt only one
+        return self.model(ids, attention_mask=mask, **options).logits.float()
 
     def __call__(self, tokens: Tensor, is_open: Tensor) -> Tensor:
         """The newest token of each response (B, N) and which responses go on (B, N) -> logits
@@ -357,10 +320,7 @@ class PackedDecoder:
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
-    """Invert each cumulative distribution at `uniforms` in [0, 1): (B, N, V), (B, N) -> (B, N).
-    Temperature 0 takes the likeliest token."""
-    if temperature == 0:
-        return logits.argmax(-1)
+    """Invert each cumulative distribution at `uniforms` in [0, 1): (B, N, V), (B, N) -> (B, N)."""
     cumulative = (logits.float() / temperature).softmax(-1).cumsum(-1)  # (B, N, V)
     target = uniforms[..., None] * cumulative[..., -1:]  # the last is 1 only up to rounding
     return torch.searchsorted(cumulative, target, right=True)[..., 0]
@@ -380,9 +340,8 @@ def generate(
 ) -> tuple[Tensor, Tensor]:
     """Ids and mask, (B, N, R) each, of responses drawn from `next_logits`, a `PackedDecoder`.
 
-    `uniforms` (B, N, R), drawn up front, has a number for each token that may come: neither early
-    ends nor micro-batches nor the device shift the stream. A response keeps the id of `eos` that
-    ends it; one that is cut off at R tokens has none.
+    `uniforms` (B, N, R) has a number for each token that may come: no early end, micro-batch or
+    device shifts the stream. A response keeps the id of `eos` that ends it, unless it is cut off.
     """
     uniforms = uniforms.to(eos.device)
     ids = eos[0].expand(uniforms.shape).clone()  # (B, N, R)
@@ -411,10 +370,10 @@ def with_responses(prompts: Batch, ids: Tensor, mask: Tensor, tokenizer: Any) ->
 
 def respond(
     model: nn.Module, tokenizer: Any, prompts: Batch, num: int, rng: torch.Generator,
-    config: "Config", temperature: float | None = None, decoder: Callable = PackedDecoder,
+    config: Any, temperature: float | None = None, decoder: Callable = PackedDecoder,
 ) -> Batch:  # fmt: skip
     """The prompts with N = `num` responses each, at --temperature unless another one is given."""
-    temperature = config.temperature if temperature is None else temperature
+    temperature = temperature or config.temperature
     uniforms = torch.rand(len(prompts), num, config.max_new_tokens, generator=rng)
     eos = eos_ids(model, tokenizer)
 
@@ -422,7 +381,8 @@ def respond(
     def sample(rows: Tensor) -> tuple[Tensor, Tensor]:
         part = prompts.select(rows)
         with autocast(model.device):  # one for all steps: each new one casts all weights again
-            return generate(decoder(model, part), part, uniforms[rows], eos, temperature)
+            ids, mask = generate(decoder(model, part), part, uniforms[rows], eos, temperature)
+        return ids.cpu(), mask.cpu()
 
     ids, mask = in_parts(sample, len(prompts), config.micro_batch_size)
     return with_responses(prompts, ids, mask, tokenizer)
@@ -461,7 +421,7 @@ def slic(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 # ---------------------------------------------------------------- one step of the optimiser
 
 
-def start_optimizer(policy: nn.Module, config: "Config") -> torch.optim.AdamW:
+def start_optimizer(policy: nn.Module, config: Any) -> torch.optim.AdamW:
     """AdamW before its first step; `train_step` warms it up."""
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": policy.device.type == "cuda"}
     optimizer = torch.optim.AdamW(policy.parameters(), **options)
@@ -469,7 +429,7 @@ def start_optimizer(policy: nn.Module, config: "Config") -> torch.optim.AdamW:
     return optimizer
 
 
-def restart_optimizer(optimizer: Any, config: "Config", factor: float = 1.0) -> None:
+def restart_optimizer(optimizer: Any, config: Any, factor: float = 1.0) -> None:
     """A fresh state and a new warm-up, up to `factor` times --learning_rate; the optimiser's own
     state_dict keeps both."""
     optimizer.state.clear()
@@ -477,7 +437,7 @@ def restart_optimizer(optimizer: Any, config: "Config", factor: float = 1.0) -> 
 
 
 def train_step(
-    policy: nn.Module, optimizer: Any, pairs: Batch, pair_loss: Callable, config: "Config"
+    policy: nn.Module, optimizer: Any, pairs: Batch, pair_loss: Callable, config: Any
 ) -> dict[str, float]:
     """One step on the mean over all pairs of `pair_loss(logps, ref_logps, part)`; what it saw.
 
@@ -492,15 +452,13 @@ def train_step(
         part = pairs.select(rows)
         logps, ref_logps = response_logps(policy, part), part.ref_logps.to(policy.device)  # (b, N)
         losses = pair_loss(logps, ref_logps, part)  # (b,)
-        if not losses.isfinite().all():
-            prompt = part.columns["prompt"][int((~losses.isfinite()).nonzero()[0])]
-            raise UserError(f"the loss is not finite on a pair of the prompt ...{prompt[-60:]!r}")
+        require(losses.isfinite().all(), "the loss is not finite")
         (losses.sum() / len(pairs)).backward()
         implicit_rewards = config.beta * (logps - ref_logps)  # (b, N)
         return torch.cat([losses[:, None], implicit_rewards], dim=1).detach().cpu()
 
     policy.train()
-    seen = dealt(backward, len(pairs), config.micro_batch_size)
+    seen = in_parts(backward, len(pairs), config.micro_batch_size)  # (n, 1 + N)
     policy.eval()
     if ranks()[1] > 1:
         for weight in policy.parameters():
@@ -514,4 +472,4 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     names = ("loss", "chosen_reward", "rejected_reward", "y_reward")
-    return dict(zip(names, torch.cat(seen).mean(0).tolist())) | {"grad_norm": norm.item()}
+    return dict(zip(names, seen.mean(0).tolist())) | {"grad_norm": norm.item()}

@@ -5,7 +5,6 @@ the run, the command line. Shapes: B prompts, N responses a prompt; common.py ha
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -13,10 +12,9 @@ import re
 import shutil
 import subprocess
 import sys
-import zlib
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +32,7 @@ from common import Batch, UserError, frozen_logps, generator, in_parts, require
 
 def flag(default: Any, help: str, **options: Any) -> Any:
     """A field of `Config`, which `transformers.HfArgumentParser` makes a command-line flag."""
+    help += "" if default is None else " (default: %(default)s)"
     return field(default=default, metadata={"help": help, **options})
 
 
@@ -56,9 +55,7 @@ class Config:
     learning_rate: float = flag(3e-4, "of AdamW, constant after warm-up (SEA, SELM: 5e-7)")
     warmup_steps: int = flag(5, "gradient steps of linear warm-up")
     max_grad_norm: float = flag(1.0, "gradients are clipped to this norm")
-    labels: Literal["bernoulli", "argmax"] = flag(
-        "bernoulli", "bernoulli draws a label from sigmoid(r1 - r2), argmax takes the larger reward"
-    )
+    labels: Literal["bernoulli", "argmax"] = flag("bernoulli", "drawn, or the larger reward wins")
     eval_every: int = flag(256, "labels between evaluations")
     eval_prompts: int = flag(256, "held-out prompts an evaluation")
     checkpoint_every: int = flag(20, "rounds between checkpoints")
@@ -75,6 +72,7 @@ class Config:
 
     script, arm = "run", "labels"  # the default folder is named after the script and this flag
     may_be_zero = ("seed", "learning_rate", "warmup_steps")  # every other number is above 0
+    shown = ("win_rate", "reward", "kl", "objective", "gold")  # of the metrics, on the screen
     unnamed = ("output_dir", "resume", "overwrite", "debug", "seed", "device", "planned_queries")
 
     def __post_init__(self) -> None:
@@ -88,81 +86,75 @@ class Config:
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         for name, value in vars(self).items():
-            if type(value) in (int, float):
-                least = "at least" if name in self.may_be_zero else "above"
-                is_right = 0 < value < math.inf or (value == 0 and least == "at least")
-                require(is_right, f"--{name} must be {least} 0 and finite, not {value}")
+            is_zero = value == 0 and name in self.may_be_zero
+            if type(value) in (int, float) and not is_zero:
+                require(0 < value < math.inf, f"--{name} {value} is out of range")
 
     def default_folder(self) -> str:
         """runs/SCRIPT-ARM-FLAGS-SEED, with the flags that differ from their defaults."""
         words = [self.script, getattr(self, self.arm)]
-        for known in dataclasses.fields(self):
+        for known in fields(self):
             value = getattr(self, known.name)
             if value != known.default and known.name not in (self.arm, *self.unnamed):
                 words.append(known.name + "=" + re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)))
-        name = "-".join(words)
-        if len(name) > 200:  # longer names are more than a disk may take
-            name = f"{name[:190]}-{zlib.crc32(name.encode()):08x}"
-        return f"runs/{name}-{self.seed}"
+        return f"runs/{'-'.join(words)[:200]}-{self.seed}"  # no disk takes any length
 
     def take_saved_flags(self) -> None:
         """The flags of the run in --output_dir; of those given only --num_queries may differ."""
         path = Path(self.output_dir).expanduser() / "config.json"
         require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
         saved = json.loads(path.read_text())["flags"]
-        for known in [f for f in dataclasses.fields(self) if f.name not in self.unnamed[:4]]:
+        for known in [f for f in fields(self) if f.name not in self.unnamed[:4]]:
             given, old = getattr(self, known.name), saved[known.name]
             if given == known.default:  # not given, as far as can be told
                 setattr(self, known.name, old)
-            elif given != old and (known.name != "num_queries" or given < old):
-                raise UserError(f"--resume: the run has --{known.name} {old}, not {given}")
+            elif known.name != "num_queries" or given < old:
+                require(given == old, f"--resume: the run has --{known.name} {old}, not {given}")
 
 
 # ---------------------------------------------------------------- models
 
 
-def is_path(name: str, flag_name: str) -> bool:
-    """A path starts with . / ~, or exists, and never asks the hub; else it is a hub's id."""
-    if os.path.exists(os.path.expanduser(name)):
-        return True
-    is_meant = name.startswith((".", "/", "~"))
-    require(not is_meant, f"--{flag_name} {name}: nothing there, from {os.getcwd()}")
-    return False
+def path_of(flag_name: str, config: Config) -> str:
+    """A path starts with . / ~, and never asks the hub; else it may be a hub's id."""
+    name = getattr(config, flag_name)
+    path, is_path = os.path.expanduser(name), name.startswith((".", "/", "~"))
+    require(os.path.exists(path) or not is_path, f"--{flag_name} {name}: nothing there")
+    return path
 
 
-def load_pretrained(auto_class: Any, name: str, flag_name: str, **options: Any) -> Any:
-    """`from_pretrained` without dropout, remote code or missing weights."""
+def load_pretrained(
+    auto_class: Any, flag_name: str, config: Config, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
+    """The model that a flag names, with every dropout at 0, and its tokenizer."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    options |= {"local_files_only": is_path(name, flag_name), "trust_remote_code": False}
-    path = os.path.expanduser(name)
-    if auto_class is transformers.AutoTokenizer:
-        tokenizer = auto_class.from_pretrained(path, **options)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        return tokenizer
+    path, options = path_of(flag_name, config), {"trust_remote_code": False}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **options)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     settings = transformers.AutoConfig.from_pretrained(path, **options)
-    for key in [key for key in vars(settings) if "drop" in key]:
-        setattr(settings, key, 0.0)
-    options |= {"config": settings, "output_loading_info": True}
+    vars(settings).update({key: 0.0 for key in vars(settings) if "drop" in key})
+    options |= {"config": settings, "dtype": dtype, "output_loading_info": True}
     model, info = auto_class.from_pretrained(path, **options)
     # A causal model loaded as a reward model would get a random head, and only a warning.
     missing = ", ".join(sorted(info["missing_keys"])[:3])
-    require(not missing, f"--{flag_name} {name} lacks weights that its use here needs: {missing}")
-    return model.eval()
+    require(not missing, f"--{flag_name} {path} lacks weights that its use here needs: {missing}")
+    return model.to(config.device), tokenizer
 
 
 def check_model(
-    model: nn.Module, tokenizer: Any, policy_tokenizer: Any, where: str, config: Config
+    model: nn.Module, tokenizer: Any, policy_tokenizer: Any, flag_name: str, config: Config
 ) -> None:
     """UserError for another vocabulary than the policy's, too short a context, or packed rows that
     are misread: ALiBi, sliding windows, ignored masks and positions that cannot restart show when a
     response beside another one is compared with a plain row."""
+    where = f"--{flag_name} {getattr(config, flag_name)}"
     is_same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
     require(is_same, f"{where} has another vocabulary than --model")
     length = config.max_prompt_length + config.max_new_tokens
     context = getattr(model.config, "max_position_embeddings", math.inf)
-    wrong = f"{where} reads {context} tokens, fewer than --max_prompt_length + --max_new_tokens"
-    require(context >= length, f"{wrong} = {length}")
+    require(context >= length, f"{where} reads {context} tokens, prompt and response have {length}")
+
     rng, num = generator(0, "packing"), model.get_input_embeddings().num_embeddings
     prompt = torch.randint(num, (1, config.max_prompt_length), generator=rng)
     responses = torch.randint(num, (1, 2, config.max_new_tokens), generator=rng)
@@ -180,16 +172,15 @@ def check_model(
 def load_policies(config: Config) -> tuple[Any, Any, Any]:
     """Policy, reference and tokenizer. Both models run alike: in another precision, or even with
     requires_grad off, which picks other kernels, log-ratios would not start at 0."""
-    tokenizers, models = [], []
-    for flag_name, name in (("model", config.model), ("ref_model", config.ref_model)):
-        where, auto_class = f"--{flag_name} {name}", transformers.AutoModelForCausalLM
-        tokenizers.append(load_pretrained(transformers.AutoTokenizer, name, flag_name))
-        models.append(load_pretrained(auto_class, name, flag_name, dtype=torch.float32))
-        require(tokenizers[-1].eos_token_id is not None, f"{where}: its tokenizer has no EOS token")
-        check_model(models[-1].to(config.device), tokenizers[-1], tokenizers[0], where, config)
+    auto_class = transformers.AutoModelForCausalLM
+    policy, tokenizer = load_pretrained(auto_class, "model", config)
+    ref_model, ref_tokenizer = load_pretrained(auto_class, "ref_model", config)
+    require(tokenizer.eos_token_id is not None, f"--model {config.model} has no EOS token")
+    check_model(policy, tokenizer, tokenizer, "model", config)
+    check_model(ref_model, ref_tokenizer, tokenizer, "ref_model", config)
     if config.gradient_checkpointing:
-        models[0].gradient_checkpointing_enable()
-    return models[0], models[1], tokenizers[0]
+        policy.gradient_checkpointing_enable()
+    return policy, ref_model, tokenizer
 
 
 # ---------------------------------------------------------------- prompts
@@ -201,13 +192,11 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    name, options = os.path.expanduser(config.dataset), {}
-    if is_path(config.dataset, "dataset") and os.path.isfile(name):
-        kind, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
-        require(kind in ("json", "csv", "parquet"), f"--dataset {name} is of no kind that is read")
-        name = kind
+    name, options = path_of("dataset", config), {}
+    if os.path.isfile(name):
+        name, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
     splits = dict(datasets.load_dataset(name, **options))
-    train = splits.pop("train", None) or splits.popitem()[1]
+    train = splits.pop("train")
     held_out = splits.get("test") or splits.get("validation")
     if not held_out:
         require(len(train) > 1, f"--dataset {config.dataset} has one row: none is left to hold out")
@@ -218,48 +207,35 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     return tokenise_prompts(train, config, tokenizer), held_out
 
 
-def last_text(value: Any, role: str) -> Any:
-    """A text as it is; of a list of chat messages, the last one of that role."""
-    if not isinstance(value, list):
-        return value
-    turns = [turn for turn in value if isinstance(turn, dict) and turn.get("role") == role]
-    return turns[-1].get("content") if turns else None
+def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
+    """Rows of a data set as a `Batch` without responses; too long prompts are dropped. A prompt may
+    be a list of chat messages if the model has a template; the oracle reads its last user turn.
 
-
-def read_columns(rows: Any, config: Config) -> dict[str, list]:
-    """The columns that are used, by the names that the code gives them, and no others: they go
-    into checkpoints, where a column of dates could not be read again."""
+    Only the columns that are used are kept, by the names that the code gives them: they go into
+    checkpoints, where a column of dates could not be read again.
+    """
     known, where = rows.column_names, f"--dataset {config.dataset}"
     gold = ("wanted", "wrong", "clutter")
     columns = {name: rows[name][:] for name in gold} if set(gold) <= set(known) else {}
-    for name, role in (("prompt", "user"), ("reference", "assistant"), ("other", "assistant")):
+    for name in ("prompt", "reference", "other"):
         wanted, default = (getattr(c, f"{name}_column", None) for c in (config, type(config)))
         if wanted in known:
-            columns[name] = [last_text(value, role) for value in rows[wanted][:]]
-            for row, text in enumerate(columns[name]):
-                is_text = isinstance(text, str) and text.strip()
-                require(is_text, f"{where}: the {wanted} of row {row} is empty, or not text")
+            texts = [v[-1]["content"] if isinstance(v, list) else v for v in rows[wanted][:]]
+            is_text = all(isinstance(text, str) and text.strip() for text in texts)
+            require(is_text, f"{where}: a row's {wanted} is empty, or not text")
+            columns[name] = texts
         elif name == "prompt" or wanted != default:
             raise UserError(f"{where} has no --{name}_column {wanted}, but {', '.join(known)}")
-    return columns
-
-
-def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
-    """Rows of a data set as a `Batch` without responses; too long prompts are dropped. A prompt may
-    be a list of chat messages if the model has a template; the oracle reads its last user turn."""
-    columns, where = read_columns(rows, config), f"--dataset {config.dataset}"
-    is_chat, chats = bool(tokenizer.chat_template), rows[config.prompt_column][:]
-    is_plain = all(isinstance(chat, str) for chat in chats)
-    require(is_chat or is_plain, f"{where} has chat messages, but --model has no chat template")
+    texts = rows[config.prompt_column][:]
+    is_chat = bool(tokenizer.chat_template) or not isinstance(texts[0], str)
     if is_chat:
-        chats = [[{"role": "user", "content": c}] if isinstance(c, str) else c for c in chats]
-        chats = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(chats, add_special_tokens=not is_chat)["input_ids"]
+        chats = [[{"role": "user", "content": x}] if isinstance(x, str) else x for x in texts]
+        texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
     kept = [row for row, tokens in enumerate(ids) if len(tokens) <= config.max_prompt_length]
-    limit = f"--max_prompt_length {config.max_prompt_length}"
-    require(kept, f"{where} has no prompt of at most {limit} tokens")
     if len(kept) < len(ids):
-        print(f"{where}: {len(ids) - len(kept)} of {len(ids)} prompts exceed {limit}: dropped")
+        print(f"dropped    {len(ids) - len(kept)} of {len(ids)} prompts: --max_prompt_length")
+    require(kept, f"--max_prompt_length {config.max_prompt_length} leaves no prompt")
     columns = {name: [values[row] for row in kept] for name, values in columns.items()}
     rows = {"input_ids": [ids[row] for row in kept]}
     rows = tokenizer.pad(rows, padding_side="left", return_tensors="pt")
@@ -284,12 +260,16 @@ def is_first() -> bool:
     return common.ranks()[0] == 0
 
 
-def append(path: Path | None, rows: list[dict[str, Any]], mode: str = "a") -> None:
-    """Write rows to a JSONL file, if there is one; it is closed, hence flushed, at once."""
-    if path and is_first():
-        with open(path, mode, encoding="utf-8") as file:
-            for row in rows:
-                file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+def to_lines(rows: list[dict[str, Any]]) -> str:
+    """Rows of a JSONL file."""
+    return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+
+
+def rewrite(path: Path, text: str) -> None:
+    """Put a file in place of the old one at once: after any crash there is a whole one."""
+    if is_first():
+        path.with_suffix(".tmp").write_text(text, encoding="utf-8")
+        os.replace(path.with_suffix(".tmp"), path)
 
 
 class Oracle:
@@ -320,14 +300,12 @@ class Oracle:
 
     def open(self, path: Path, num_used: int) -> None:
         """Append answers to `path`; those after the first `num_used` were bought, but not used."""
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        rows = [json.loads(line) for line in lines[:-1]]  # a crash may have cut the last line
-        wait_for_all()
-        if is_first():  # whole again before it takes the old one's place
-            append(path.with_suffix(".tmp"), rows, "w")
-            os.replace(path.with_suffix(".tmp"), path)
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
+        rewrite(path, text)
         self.path, self.num_answers = path, num_used
-        for row in rows[num_used:]:
+        for line in text.split("\n")[num_used:-1]:
+            row = json.loads(line)
             self.bought[row["prompt"], *row["texts"]].append(row)
 
     def ask(self, prompts: list, texts: list, costs: list, noise: Tensor | None) -> list[dict]:
@@ -348,7 +326,9 @@ class Oracle:
                     answer = (own[0] + noise[i]).tolist()
                 rows[i] = {"prompt": prompts[i], "texts": texts[i], "answer": answer}
                 rows[i]["rewards"] = None if own is None else own[0].tolist()
-                append(self.path, [rows[i]])
+                if self.path and is_first():
+                    with open(self.path, "a", encoding="utf-8") as file:  # closed, hence flushed
+                        file.write(to_lines([rows[i]]))
         self.queries, self.num_answers = start + sum(costs), self.num_answers + len(rows)
         return rows
 
@@ -371,32 +351,31 @@ class RewardModelOracle(Oracle):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        name, self.block_size = config.reward_model, config.batch_size
-        self.tokenizer = load_pretrained(transformers.AutoTokenizer, name, "reward_model")
+        self.block_size = config.batch_size
         auto_class = transformers.AutoModelForSequenceClassification
         dtype = torch.bfloat16 if config.device.startswith("cuda") else torch.float32
-        self.model = load_pretrained(auto_class, name, "reward_model", dtype=dtype)
-        require(self.model.config.num_labels == 1, f"--reward_model {name} has several labels")
+        self.model, self.tokenizer = load_pretrained(auto_class, "reward_model", config, dtype)
+        wrong = f"--reward_model {config.reward_model} has several labels"
+        require(self.model.config.num_labels == 1, wrong)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.model.to(config.device)
 
     @torch.no_grad()
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
-        pairs = [(prompt, y.strip()) for prompt, row in zip(prompts, responses) for y in row]
-        is_chat, texts = bool(self.tokenizer.chat_template), [f"{x} {y}".rstrip() for x, y in pairs]
+        pairs = [(x, y.strip()) for x, row in zip(prompts, responses) for y in row]
+        texts, is_chat = [f"{x} {y}".rstrip() for x, y in pairs], bool(self.tokenizer.chat_template)
         if is_chat:
-            turns = [({"role": "user", "content": x}, {"role": "assistant", "content": y})
-                     for x, y in pairs]  # fmt: skip
-            texts = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            roles = ("user", "assistant")
+            chats = [[{"role": role, "content": text} for role, text in zip(roles, pair)]
+                     for pair in pairs]  # fmt: skip
+            texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
         ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
         context = getattr(self.model.config, "max_position_embeddings", math.inf)
-        longest = max(map(len, ids))
-        require(longest <= context, f"the oracle reads {context} tokens, not {longest}")
+        require(max(map(len, ids)) <= context, f"--reward_model reads {context} tokens at most")
 
         def rewards(rows: Tensor) -> Tensor:
             batch = {"input_ids": [ids[i] for i in rows]}
             batch = self.tokenizer.pad(batch, padding_side="right", return_tensors="pt")
-            return self.model(**batch.to(self.model.device)).logits[:, 0].float()
+            return self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu()
 
         values = in_parts(rewards, len(ids), self.config.micro_batch_size)
         require(values.isfinite().all(), "the oracle's reward is not finite")
@@ -426,8 +405,7 @@ def gold_score(response: str, wanted: list[str], wrong: list[str], clutter: list
     def plain(text: str) -> str:
         return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
 
-    text = plain(response)
-    kinds = (wanted, wrong, clutter)
+    text, kinds = plain(response), (wanted, wrong, clutter)
     right, false, other = (sum(plain(fact) in text for fact in facts) for facts in kinds)
     return 1.5 * right - 1.5 * false - 0.5 * other - 0.1 * len(text.split())
 
@@ -436,10 +414,11 @@ def win_metrics(rewards: Tensor, baseline: Tensor) -> dict[str, float]:
     """Share of rewards above their baseline (ties one half), its standard error, and the mean of
     sigmoid(reward - baseline), Eq. 1 of SEA; both (n,)."""
     wins = (rewards > baseline).double() + (rewards == baseline).double() / 2
-    stderr = wins.std(correction=0).item() / math.sqrt(len(wins))
-    probability = (rewards - baseline).double().sigmoid().mean().item()
-    values = {"win_rate": wins.mean().item(), "win_rate_stderr": stderr}
-    return values | {"win_probability": probability}
+    return {
+        "win_rate": wins.mean().item(),
+        "win_rate_stderr": wins.std(correction=0).item() / math.sqrt(len(wins)),
+        "win_probability": (rewards - baseline).double().sigmoid().mean().item(),
+    }
 
 
 def label(oracle: Oracle, duels: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -447,7 +426,7 @@ def label(oracle: Oracle, duels: Batch) -> tuple[Tensor, dict[str, float]]:
     and online_win_probability: of both against the data set's reference, if there is one."""
     prompts, metrics = duels.columns["prompt"], {}
     is_first, rewards = oracle.label(prompts, duels.responses)  # (B,), (B, 2)
-    if rewards is not None and "reference" in duels.columns and prompts:
+    if rewards is not None and "reference" in duels.columns:
         references = [[text] for text in duels.columns["reference"]]
         baseline = oracle.score(prompts, references).expand(-1, 2)  # (B, 2)
         online = win_metrics(rewards.flatten(), baseline.flatten())
@@ -465,24 +444,27 @@ def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str,
     batch = common.respond(policy, tokenizer, task.held_out, 1, rng, config, temperature=1.0)
     logps, ref_logps = (frozen_logps(m, batch, config) for m in (policy, task.ref_model))  # (B, 1)
     kl, columns = (logps - ref_logps).double().mean().item(), batch.columns
-    is_whole = torch.isin(batch.response_ids[..., -1], common.eos_ids(policy, tokenizer).cpu())
-    is_cut = batch.response_mask[..., -1].bool() & ~is_whole  # (B, 1)
-    rows = zip(columns["prompt"], columns["reference"], batch.responses)
-    samples = [{"prompt": x, "reference": z, "response": y[0]} for x, z, y in rows]
     metrics = {"compared_with": columns["compared_with"][0]}
+    texts = zip(columns["prompt"], columns["reference"], batch.responses)
+    samples = [{"prompt": x, "reference": z, "response": y[0]} for x, z, y in texts]
     rewards = task.oracle.score(columns["prompt"], batch.responses)  # (B, 1)
     if rewards is not None:
-        rewards = rewards[:, 0]
-        metrics |= win_metrics(rewards, torch.tensor(columns["reference_reward"]))
-        metrics["reward"] = reward = rewards.double().mean().item()
-        metrics["objective"] = reward - config.beta * kl
-        samples = [row | {"reward": r} for row, r in zip(samples, rewards.tolist())]
+        metrics |= win_metrics(rewards[:, 0], torch.tensor(columns["reference_reward"]))
+        metrics["reward"] = rewards.double().mean().item()
+        metrics["objective"] = metrics["reward"] - config.beta * kl
+        for sample, reward in zip(samples, rewards[:, 0].tolist()):
+            sample["reward"] = reward
     if "wanted" in columns:
-        facts = zip(samples, columns["wanted"], columns["wrong"], columns["clutter"])
-        samples = [row | {"gold": gold_score(row["response"], *texts)} for row, *texts in facts]
-        metrics["gold"] = sum(row["gold"] for row in samples) / len(samples)
-    metrics |= {"kl": kl, "length": batch.response_mask.sum(-1).double().mean().item()}
-    return metrics | {"truncated": is_cut.double().mean().item()}, samples
+        facts = zip(columns["wanted"], columns["wrong"], columns["clutter"])
+        for sample, own in zip(samples, facts):
+            sample["gold"] = gold_score(sample["response"], *own)
+        metrics["gold"] = sum(sample["gold"] for sample in samples) / len(samples)
+    is_whole = torch.isin(batch.response_ids[..., -1], common.eos_ids(policy, tokenizer).cpu())
+    is_cut = batch.response_mask[..., -1].bool() & ~is_whole  # (B, 1)
+    metrics["kl"] = kl
+    metrics["length"] = batch.response_mask.sum(-1).double().mean().item()
+    metrics["truncated"] = is_cut.double().mean().item()
+    return metrics, samples
 
 
 # ---------------------------------------------------------------- a run and its folder
@@ -499,8 +481,6 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     policy, ref_model, tokenizer = load_policies(config)
     prompts, held_out = load_prompts(config, tokenizer)
     judge = config.reward_model if oracle is None else type(oracle).__name__
-    is_shared = oracle is None or common.ranks()[1] == 1
-    require(is_shared, "an oracle of your own would be asked by each process: run a single one")
     oracle = oracle or RewardModelOracle(config)
     columns, compared_with = held_out.columns, "reference"
     if "reference" not in columns:
@@ -517,10 +497,10 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     print(f"oracle     {judge}, --labels {config.labels}; win rate against the {compared_with}")
     print(f"prompts    {len(prompts)} to train on, {len(held_out)} held out, {limits}")
     print(f"run        {config.num_queries} labels into {folder}, on {config.device}")
-    for name in ("ref_model", "dataset", "reward_model", "erm_backbone"):
-        value = str(getattr(config, name, ""))
-        is_used = name != "reward_model" or judge == value
-        if value.startswith("./tiny") and is_used and not config.model.startswith("./tiny"):
+    parts = {"dataset": config.dataset, "erm_backbone": getattr(config, "erm_backbone", "")}
+    parts |= {"ref_model": config.ref_model, "reward_model": judge}
+    for name, value in parts.items():
+        if value.startswith("./tiny") and not config.model.startswith("./tiny"):
             print(f"note       --{name} {value} was made for this miniature world, not for --model")
     return Task(policy, ref_model, tokenizer, prompts, held_out, oracle)
 
@@ -544,66 +524,56 @@ class Run:
     random numbers depend on the seed and its number alone, so a checkpoint holds the state_dict of
     `parts`, the counts and the rows of the files, no more."""
 
-    saved = ("round", "evaluated", "seen", "rows")
-
-    def __init__(
-        self, config: Config, oracle: Oracle, parts: dict[str, Any], counts: Counts, table: tuple
-    ) -> None:
+    def __init__(self, config: Config, oracle: Oracle, parts: dict, counts: Counts) -> None:
         self.config, self.oracle, self.parts, self.counts = config, oracle, parts, counts
-        self.table = ("win_rate", "reward", "kl", "objective", "gold", *table)  # on the screen
         self.folder = Path(config.output_dir).expanduser()
         self.round = self.idle_rounds = 0
         self.evaluated, self.seen = None, {}  # (labels, round) of the last row; values since then
         self.rows = {"metrics": [], "preferences": [], "samples": []}
         if config.overwrite and is_first() and (self.folder / "config.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
-        wait_for_all()
+        if common.ranks()[1] > 1:
+            distributed.barrier()
         self.folder.mkdir(parents=True, exist_ok=True)
-        command = ["git", "-C", str(Path(__file__).resolve().parent), "rev-parse", "HEAD"]
-        has_git, options = shutil.which("git"), {"capture_output": True, "text": True}
-        commit = subprocess.run(command, **options).stdout.strip() if has_git else None
-        versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
-        about = {"flags": dataclasses.asdict(config), "versions": versions, "git_commit": commit}
         self.load()
-        if is_first():
-            (self.folder / "config.tmp").write_text(json.dumps(about, indent=1))
-            os.replace(self.folder / "config.tmp", self.folder / "config.json")
+        options = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
+        commit = subprocess.run("git rev-parse HEAD", shell=True, **options).stdout.strip()
+        versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
+        about = {"flags": asdict(config), "versions": versions, "git_commit": commit}
+        rewrite(self.folder / "config.json", json.dumps(about, indent=1))
         self.bar = tqdm(total=config.num_queries, unit="label", disable=not is_first())
         self.labelled = self.bar.n = oracle.queries
 
     def load(self) -> None:
-        """Go back to the checkpoint, if there is one, and cut the files to what they were then."""
-        path, state = self.folder / "checkpoint.pt", {"num_answers": 0}
+        """Go back to the checkpoint, if there is one."""
+        path, num_answers = self.folder / "checkpoint.pt", 0
         if path.exists():
             state = torch.load(path, map_location="cpu", weights_only=True)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             vars(self).update(state["run"])
             vars(self.counts).update(state["counts"])
-            self.oracle.queries = state["queries"]
-        for name, rows in self.rows.items():
-            append(self.folder / f"{name}.jsonl", rows, "w")
-        self.oracle.open(self.folder / "labels.jsonl", state["num_answers"])
+            self.oracle.queries, num_answers = state["labels"]
+        self.oracle.open(self.folder / "labels.jsonl", num_answers)
 
     def save(self) -> None:
-        """Write checkpoint.pt, under another name first: there is always a whole one."""
-        if not is_first():
-            return
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        state |= {"run": {name: vars(self)[name] for name in self.saved}}
-        state |= {"counts": vars(self.counts), "queries": self.oracle.queries}
-        torch.save(state | {"num_answers": self.oracle.num_answers}, self.folder / "checkpoint.tmp")
-        os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
+        """Write the JSONL files and, last, checkpoint.pt: there is always a whole one."""
+        if is_first():
+            for name, rows in self.rows.items():
+                rewrite(self.folder / f"{name}.jsonl", to_lines(rows))
+            state = {name: part.state_dict() for name, part in self.parts.items()}
+            names = ("round", "evaluated", "seen", "rows")
+            state["run"] = {name: vars(self)[name] for name in names}
+            state["counts"] = vars(self.counts)
+            state["labels"] = (self.oracle.queries, self.oracle.num_answers)
+            torch.save(state, self.folder / "checkpoint.tmp")
+            os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
-    def write(self, name: str, rows: list[dict[str, Any]]) -> None:
-        append(self.folder / f"{name}.jsonl", rows)
-        self.rows[name] += rows
-
-    def evaluation_is_due(self, num_labels: int, is_forced: bool) -> bool:
-        """At the start, every --eval_every labels that were trained on, and where it is forced,
-        but never twice for one round."""
+    def evaluation_is_due(self, is_forced: bool) -> bool:
+        """At the start, every --eval_every labels, and where it is forced; once a round."""
         labels, number = self.evaluated or (0, -1)
-        is_step = num_labels // self.config.eval_every > labels // self.config.eval_every
+        every = self.config.eval_every
+        is_step = self.oracle.queries // every > labels // every
         return number < self.round and (is_forced or is_step or number == -1)
 
     def record(self, values: dict[str, float]) -> None:
@@ -612,27 +582,25 @@ class Run:
             self.seen.setdefault(name, []).append(value)
 
     def keep(self, labelled: Batch, synthetic: Batch | None = None) -> None:
-        """Write pairs, chosen first, to preferences.jsonl, with their source."""
-        rows = []
+        """Pairs, chosen first, are rows of preferences.jsonl, with their source."""
         for pairs, source in ((labelled, "oracle"), (synthetic, "model")):
             for x, y in zip(pairs.columns["prompt"], pairs.responses) if pairs else []:
                 row = {"round": self.round, "prompt": x, "chosen": y[0], "rejected": y[1]}
-                rows.append(row | {"source": source})
-        self.write("preferences", rows)
-        self.counts.synthetic_pairs += len(synthetic) if synthetic else 0
+                self.rows["preferences"].append(row | {"source": source})
+        self.counts.synthetic_pairs += len(synthetic or [])
 
     def log(self, metrics: dict, samples: list[dict], own: dict[str, float]) -> None:
         """Write and print a row of metrics, with the means of what was recorded; save."""
-        queries, is_first = {"queries": self.oracle.queries}, self.evaluated is None
+        queries, is_new = {"queries": self.oracle.queries}, self.evaluated is None
         means = {name: sum(values) / len(values) for name, values in sorted(self.seen.items())}
         row = queries | {"round": self.round} | vars(self.counts) | metrics | own | means
-        self.write("metrics", [row])
-        self.write("samples", [queries | sample for sample in samples])
-        for sample in samples[: 2 * is_first]:
-            tqdm.write(f"\n{sample['prompt']}\n  reference: {sample['reference']}")
-        cells = [f"{name} {row[name]:.3f}" for name in self.table if name in row]
+        self.rows["metrics"].append(row)
+        self.rows["samples"] += [queries | sample for sample in samples]
+        cells = [f"{name} {row[name]:.3f}" for name in self.config.shown if name in row]
         tqdm.write("  ".join([f"labels {self.oracle.queries}", *cells]))
         for sample in samples[:2]:
+            if is_new:
+                tqdm.write(f"{sample['prompt']}\n  reference: {sample['reference']}")
             tqdm.write(f"  [{sample.get('reward', math.nan):5.2f}] {sample['response'].strip()}")
         self.seen, self.evaluated = {}, (self.oracle.queries, self.round)
         self.save()
@@ -641,8 +609,7 @@ class Run:
         """Count the round; save every --checkpoint_every rounds. A policy that has collapsed to one
         text a prompt asks in vain: then stop."""
         num_new, self.labelled = self.oracle.queries - self.labelled, self.oracle.queries
-        if has_asked:
-            self.idle_rounds = 0 if num_new else self.idle_rounds + 1
+        self.idle_rounds = 0 if num_new else self.idle_rounds + has_asked
         self.bar.update(num_new)
         self.round += 1
         if self.round % self.config.checkpoint_every == 0:
@@ -656,7 +623,8 @@ class Run:
             policy.save_pretrained(self.folder / "model")
             tokenizer.save_pretrained(self.folder / "model")
         first, last = self.rows["metrics"][0], self.rows["metrics"][-1]
-        gains = [f"{name} {last[name] - first[name]:+.3f}" for name in self.table if name in first]
+        names = [name for name in self.config.shown if name in first]
+        gains = [f"{name} {last[name] - first[name]:+.3f}" for name in names]
         print("since the start:", "  ".join(gains))
         print(f"done, {self.oracle.queries} labels; see: python notebooks/plot.py {self.folder}")
 
@@ -669,11 +637,6 @@ class Parser(transformers.HfArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
 def join_others() -> None:
     """Under torchrun: one GPU a process, and only the first one prints."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -684,14 +647,21 @@ def join_others() -> None:
         sys.stdout = sys.stdout if is_first() else open(os.devnull, "w")
 
 
-def wait_for_all() -> None:
-    if common.ranks()[1] > 1:
-        distributed.barrier()
+def in_one_line(error: Exception, config: Config | None) -> str:
+    """What went wrong, after the flag whose value it names, if it is a library's word."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if isinstance(error, UserError):
+        return line
+    names = ("model", "ref_model", "dataset", "reward_model", "erm_backbone", "output_dir")
+    flags = [(name, getattr(config, name)) for name in names if hasattr(config, name)]
+    known = [(name, value) for name, value in flags if value in str(error)]
+    start = "--{} {}: ".format(*max(known, key=lambda flag: len(flag[1]))) if known else ""
+    return f"{start}{line} ({type(error).__name__}, see --debug)"
 
 
 def main(config_class: type[Config], train: Callable, docstring: str) -> None:
     """Parse the command line and train. What goes wrong ends in one line and exit code 2."""
-    options = {"description": docstring.splitlines()[0], "formatter_class": HelpFormatter}
+    options = {"description": docstring.splitlines()[0], "formatter_class": argparse.HelpFormatter}
     parser, config = Parser(config_class, allow_abbrev=False, **options), None
     try:
         join_others()
@@ -703,17 +673,7 @@ def main(config_class: type[Config], train: Callable, docstring: str) -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not isinstance(error, UserError):  # a library's: name the flag whose value it names
-            names = ("model", "ref_model", "dataset", "reward_model", "erm_backbone", "output_dir")
-            flags = [(name, str(getattr(config, name, ""))) for name in names]
-            known = [flag for flag in flags if flag[1] and flag[1] in str(error)]
-            name, value = max(known, key=lambda flag: len(flag[1]), default=("", ""))
-            line = f"--{name} {value}: {line}" if name else line
-            line += f" ({type(error).__name__}, see --debug)"
-        if isinstance(error, torch.OutOfMemoryError):
-            line += ": a smaller --micro_batch_size needs less memory"
         for bar in list(tqdm._instances):  # so that the error has a line of its own
             bar.close()
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {in_one_line(error, config)}", file=sys.stderr)
         sys.exit(2)

@@ -22,14 +22,13 @@ teacher-forced scoring passes (not in the paper's table) and responses that the 
   hybrid            one sample of the policy, one of the reference              2, 0, 2
 
 The coin's 1/2 and the token-wise products are approximations. --importance_weights makes the
-gradient that of exact T-PILAF by a weight on each pair's loss, for free; a large beta * KL makes
-the weights uneven (see effective_sample_size). The theory needs --labels bernoulli.
+gradient that of exact T-PILAF by a weight on each pair's loss; a large beta * KL makes the weights
+uneven (see effective_sample_size). The theory needs --labels bernoulli.
 
 While policy = reference, pilaf *is* vanilla, so compare samplers from a start that has moved (with
 another seed, to see other prompts) and the reference where it was:
   python pilaf.py --sampler vanilla --num_queries 1024 --num_iterations 1 --output_dir runs/start
   python pilaf.py --seed 1 --model runs/start/model --ref_model ./tiny/sft
-(an overfitted start: --num_queries 256 --num_epochs 10 in the first).
 
 No code of the authors was found. Not known, hence our choice: learning rate, batch, response
 length, temperature, KL estimator, label rule, how their start was overfitted, what an iteration is.
@@ -67,6 +66,7 @@ class Config(harness.Config):
     num_epochs: int = flag(1, "passes over the pairs of an iteration")
 
     script, arm = "pilaf", "sampler"
+    shown = (*harness.Config.shown, "sampling_cost")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,8 +80,7 @@ class Config(harness.Config):
         require(is_right, f"--num_candidates {self.num_candidates} is below 2, or {why}")
         require(is_pilaf or self.sampler_beta is None, f"--sampler_beta {why}")
         require(is_pilaf or not self.importance_weights, f"--importance_weights {why}")
-        wrong = f"the interpolation needs a beta of at most 1, not {self.sampler_beta}"
-        require(not is_pilaf or self.sampler_beta <= 1, f"{wrong}: --sampler_beta, or --beta")
+        require(not is_pilaf or self.sampler_beta <= 1, "--sampler_beta, or --beta, is above 1")
         is_exact = self.temperature == 1 and self.sampler_beta == self.beta
         wrong = "--importance_weights needs --temperature 1 and no --sampler_beta but --beta's"
         require(is_exact or not self.importance_weights, wrong)
@@ -99,14 +98,11 @@ def coefficients(num_prompts: int, beta: float, rng: torch.Generator) -> Tensor:
 
 
 def interpolate(logits: Tensor, ref_logits: Tensor, c: Tensor) -> Tensor:
-    """Step 3: logits of pi^(1 + c) * pi_ref^(-c), in float32: (B, N, V), (B, N) -> (B, N, V).
-
-    c = 0 is the policy, -1 the reference, c > 0 moves away from it. Temperature is applied, and
-    tokens are masked, after this: -inf - -inf is not a number.
+    """Step 3: logits of pi^(1 + c) * pi_ref^(-c): (B, N, V), (B, N) -> (B, N, V). c = 0 is the
+    policy, -1 the reference. Temperature comes later, and so must a mask: -inf - -inf is no number.
     """
-    wide, c = torch.promote_types(logits.dtype, torch.float32), c[..., None]  # (B, N, 1)
-    mixed = (1 + c) * logits.to(wide) - c * ref_logits.to(wide)
-    return torch.where(c == -1, ref_logits.to(wide), mixed)
+    c = c[..., None]  # (B, N, 1)
+    return (1 + c) * logits - c * ref_logits
 
 
 def log_normaliser(logits: Tensor, ref_logits: Tensor, c: Tensor) -> Tensor:
@@ -182,7 +178,8 @@ def interpolated_pairs(
             decoder = InterpolatedDecoder(policy, task.ref_model, part, c[rows])
             ids, mask = common.generate(decoder, part, uniforms[rows], eos, config.temperature)
         log_z = torch.stack(decoder.log_z, dim=-1)  # (b, 2, steps)
-        return ids, mask, pair_weights(log_z, mask[..., : log_z.shape[-1]])
+        weights = pair_weights(log_z, mask[..., : log_z.shape[-1]])
+        return ids.cpu(), mask.cpu(), weights.cpu()
 
     ids, mask, weights = common.in_parts(draw, len(prompts), config.micro_batch_size)
     batch = common.with_responses(prompts, ids, mask, task.tokenizer)
@@ -237,8 +234,8 @@ class Counts(harness.Counts):
         if not self.labelled_pairs:
             return {}
         streams = self.decoder_streams * config.num_candidates / self.candidates
-        metrics = {"sampling_cost": streams}
-        metrics["annotation_cost"] = self.responses_read / self.labelled_pairs
+        annotation = self.responses_read / self.labelled_pairs
+        metrics = {"sampling_cost": streams, "annotation_cost": annotation}
         if config.importance_weights:
             num_equal = self.weight_sum**2 / self.weight_square_sum
             metrics["effective_sample_size"] = num_equal / self.num_weights
@@ -258,9 +255,8 @@ def pair_loss(
 
 
 def plan(config: Config) -> tuple[int, int, int | None]:
-    """Labels a prompt, prompts of an iteration, and how many iterations the budget pays for: online
-    a round is one, and they go on until the labels are spent. Those that --resume adds with more
-    --num_queries are as long as the others."""
+    """Labels a prompt, prompts of an iteration (online: of a round), and how many iterations the
+    budget pays for; --resume with more --num_queries adds further ones of the same length."""
     cost = config.num_candidates if config.sampler == "best_of_n_oracle" else 1
     if not config.num_iterations:
         return cost, config.batch_size, None
@@ -296,14 +292,14 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     rounds_per_iteration = math.ceil(prompts_per_iteration / config.batch_size)
     optimizer, replay = common.start_optimizer(policy, config), common.Replay()
     parts = {"policy": policy, "optimizer": optimizer, "replay": replay}
-    run = harness.Run(config, oracle, parts, counts, table=("sampling_cost",))
+    run = harness.Run(config, oracle, parts, counts)
 
     while True:
         t, step = divmod(run.round, rounds_per_iteration)
         num_left = (config.num_queries - oracle.queries) // cost
         is_last = t == num_iterations or num_left == 0
         is_milestone = is_last or config.num_iterations is not None
-        if step == 0 and run.evaluation_is_due(oracle.queries, is_milestone):
+        if step == 0 and run.evaluation_is_due(is_milestone):
             run.log(*evaluate(task, config), {"iteration": t} | counts.metrics(config))
         if is_last:
             break

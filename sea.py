@@ -71,6 +71,7 @@ class Config(harness.Config):
     best_of_n: int = flag(0, "also evaluate the mean head's best of so many samples")
 
     script, arm = "sea", "explore"
+    shown = (*harness.Config.shown, "online_win_rate", "ensemble_disagreement")
     may_be_zero = (*harness.Config.may_be_zero, "num_heads", "burn_in", "anchor", "best_of_n")
 
     def __post_init__(self) -> None:
@@ -90,7 +91,6 @@ class Config(harness.Config):
         require(is_right, f"--num_candidates {self.num_candidates} is below 2, or {why}")
         is_right = self.num_heads >= 2 if has_heads else self.num_heads == 0
         require(is_right, f"--num_heads {self.num_heads} {why}: 2 at least, or 0 without any use")
-        require(self.best_of_n != 1, "--best_of_n must be 0 or at least 2")
         require(self.explore != "apl" or self.loss == "dpo", "--explore apl needs --loss dpo")
 
 
@@ -193,7 +193,7 @@ def read_features(backbone: nn.Module, batch: Batch, config: Config) -> Tensor:
         with common.autocast(backbone.device):
             states = backbone(**row)[0][:, -length:].float()  # (b, L, D)
         sums = common.unpack(states, mask).sum(2)  # (b, N, R, D) -> (b, N, D)
-        return sums / mask.sum(2, keepdim=True)
+        return (sums / mask.sum(2, keepdim=True)).cpu()
 
     return common.in_parts(features, len(batch), config.micro_batch_size)
 
@@ -243,20 +243,6 @@ def most_uncertain_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, T
     return flat // num, flat % num
 
 
-def best_two(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
-    """The best and the second best distinct candidate, (B, N) -> (B,), (B,). By the mean head it
-    exploits without a thought for uncertainty: SEA's control."""
-    first, second = rewards.masked_fill(~is_distinct, -math.inf).topk(2).indices.T
-    return first, second
-
-
-def two_arbitrary(is_distinct: Tensor) -> tuple[Tensor, Tensor]:
-    """The first two distinct candidates, (B, N) -> (B,), (B,); candidates come in no order. All
-    else SEA's, what remains is the choice: the other control."""
-    second = is_distinct[:, 1:].int().argmax(1) + 1
-    return torch.zeros_like(second), second
-
-
 def choose_duels(
     config: Config, batch: Batch, rewards: Tensor | None, is_synthetic: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,10 +261,11 @@ def choose_duels(
         return best, worst, is_clash
     if config.explore == "uncertainty":
         first, second = most_uncertain_pair(rewards, is_distinct)
-    elif config.explore == "best_two":
-        first, second = best_two(rewards.mean(0), is_distinct)
-    elif config.explore == "random":
-        first, second = two_arbitrary(is_distinct)
+    elif config.explore == "best_two":  # of the mean head, as if it were certain: a control
+        mean = rewards.mean(0).masked_fill(~is_distinct, -math.inf)  # (E, B, N) -> (B, N)
+        first, second = mean.topk(2).indices.T
+    elif config.explore == "random":  # the first two distinct ones, which come in no order
+        first, second = 0 * rows, is_distinct[:, 1:].int().argmax(1) + 1
     else:
         first = thompson_first(rewards, heads, is_distinct)
     if config.explore == "bai":
@@ -321,8 +308,7 @@ def best_of_n_metrics(
 ) -> dict[str, float]:
     """best_of_n_*: win_metrics and reward of the mean head's best of N policy samples."""
     rng, models = generator(config.seed, "best of n"), (task.policy, task.tokenizer)
-    options = {"temperature": 1.0}
-    batch = common.respond(*models, task.held_out, config.best_of_n, rng, config, **options)
+    batch = common.respond(*models, task.held_out, config.best_of_n, rng, config, temperature=1.0)
     best = ensemble(read_features(backbone, batch, config)).mean(0).argmax(-1)  # (E, B, N) -> (B,)
     texts = [[row[n]] for row, n in zip(batch.responses, best)]
     rewards = task.oracle.score(batch.columns["prompt"], texts)[:, 0]
@@ -340,11 +326,9 @@ def load_ensemble(
     """The frozen encoder of --erm_backbone, which reads the policy's tokens, and the heads."""
     backbone, name = ref_model.base_model, config.erm_backbone
     if name != "reference":
-        own = harness.load_pretrained(transformers.AutoTokenizer, name, "erm_backbone")
-        options = {"dtype": torch.float32}
-        backbone = harness.load_pretrained(transformers.AutoModel, name, "erm_backbone", **options)
-        backbone.to(config.device)
-        harness.check_model(backbone, own, tokenizer, f"--erm_backbone {name}", config)
+        auto_class = transformers.AutoModel
+        backbone, own = harness.load_pretrained(auto_class, "erm_backbone", config)
+        harness.check_model(backbone, own, tokenizer, "erm_backbone", config)
         backbone.to(torch.bfloat16 if config.device.startswith("cuda") else torch.float32)
     print(f"backbone   {name}, {config.num_heads} heads")
     return backbone, EpistemicRewardModel(backbone.config.hidden_size, config)
@@ -363,17 +347,17 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     task = harness.load(config, oracle)
     policy, ref_model, tokenizer, oracle = task.policy, task.ref_model, task.tokenizer, task.oracle
     optimizer, loss = common.start_optimizer(policy, config), partial(pair_loss, config)
-    parts, ensemble, rewards = {"policy": policy, "optimizer": optimizer}, None, None
+    parts = {"policy": policy, "optimizer": optimizer}
+    ensemble = rewards = None
     if config.num_heads:
         backbone, ensemble = load_ensemble(config, ref_model, tokenizer)
         parts["ensemble"] = ensemble
-    table = ("online_win_rate", "ensemble_disagreement")
-    run = harness.Run(config, oracle, parts, harness.Counts(), table)
+    run = harness.Run(config, oracle, parts, harness.Counts())
     num_prompts = config.batch_size * (4 if config.explore == "apl" else 1)
 
     while True:
         is_last = oracle.queries >= config.num_queries
-        if run.evaluation_is_due(oracle.queries, is_last):
+        if run.evaluation_is_due(is_last):
             own = best_of_n_metrics(task, config, backbone, ensemble) if config.best_of_n else {}
             run.log(*evaluate(task, config), own)
         if is_last:

@@ -64,6 +64,7 @@ class Config(harness.Config):
     other_column: str = flag("other", "of the data set: a second response, which is ranked too")
 
     script, arm = "selm", "bonus"
+    shown = (*harness.Config.shown, "y_reward", "forward_kl")
     may_be_zero = (*harness.Config.may_be_zero, "alpha", "ranker_candidates")
 
     def __post_init__(self) -> None:
@@ -252,11 +253,11 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     reference = task.ref_model if is_xpo else snapshot
     optimizer, loss = common.start_optimizer(policy, config), partial(pair_loss, config)
     parts = {"policy": policy, "optimizer": optimizer, "snapshot": snapshot, "replay": replay}
-    run = harness.Run(config, oracle, parts, harness.Counts(), table=("y_reward", "forward_kl"))
+    run = harness.Run(config, oracle, parts, harness.Counts())
 
     while True:
         t, step = divmod(run.round, rounds_per_iteration)
-        if run.evaluation_is_due(oracle.queries, step == 0):
+        if run.evaluation_is_due(step == 0):
             run.log(*evaluate(task, config), {"iteration": t} | forward_kl(task, config, reference))
         if t == num_iterations:
             break

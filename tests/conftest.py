@@ -72,17 +72,10 @@ def folder(tmp_path_factory) -> Path:
     for name in ("sft", "reward_model", "erm_backbone"):
         make_tokenizer().save_pretrained(root / name)
     for name, size in (("train", 40), ("test", 10)):
-        rows = [
-            dict(
-                prompt=f"The cat {name} number {i}. TL;DR:",
-                reference=f"cat {i}",
-                other=f"a cat {i}",
-                wanted=["cat"],
-                wrong=["dog"],
-                clutter=["mat"],
-            )  # fmt: skip
-            for i in range(size)
-        ]
+        same = dict(wanted=["cat"], wrong=["dog"], clutter=["mat"])
+        prompts = [f"The cat {name} number {i}. TL;DR:" for i in range(size)]
+        rows = [same | dict(prompt=prompt, reference=f"cat {i}", other=f"a cat {i}")
+                for i, prompt in enumerate(prompts)]  # fmt: skip
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
 

@@ -55,7 +55,7 @@ def test_a_number_out_of_range_is_refused_by_name_and_0_where_it_has_no_meaning(
         assert refused(script, f"--{name}={value}", **{name: None}).startswith(f"--{name} ")
     for name in ("seed", "learning_rate", "warmup_steps"):
         assert getattr(SCRIPTS[script].Config(**{name: 0}), name) == 0
-    assert len(cases) > 30 and "at least 0" in refused(script, "--seed", "-1")
+    assert len(cases) > 30
 
 
 @pytest.mark.parametrize(
@@ -85,25 +85,11 @@ def test_a_path_is_named_with_its_flag_if_nothing_is_there_or_a_library_fails(
     assert refused("sea", **{name: damaged}).startswith(f"--{name} {damaged}: ")
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize("num_bytes", [0, 99])
-def test_a_model_with_a_cut_off_file_is_refused(file, num_bytes, refused, flags, tmp_path):
-    path = shutil.copytree(flags["reward_model"], tmp_path / "damaged") / file
-    path.write_bytes(path.read_bytes()[:num_bytes])
-    refused("pilaf", reward_model=path.parent)
-
-
 @pytest.mark.parametrize("text", ["", "not json\n", "[1, 2\n", '{"prompt": 1}\n{"prompt": "b"}\n'])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_damaged_data_set_is_refused(text, suffix, refused, tmp_path):
     (tmp_path / f"data.{suffix}").write_text(text)
     refused("pilaf", dataset=tmp_path / f"data.{suffix}")
-
-
-def test_a_file_where_the_folder_should_be_is_named_and_left_as_it_is(refused, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    assert refused("pilaf", output_dir=tmp_path / "file").startswith("--output_dir ")
-    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_error_in_mid_run_is_not_garbled_by_the_progress_bar(refused):
@@ -123,11 +109,6 @@ def test_debug_shows_where_a_mistake_was_found(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pilaf.py", "--model", "./nowhere", "--debug"])
     with pytest.raises(Exception, match="nowhere"):
         harness.main(SCRIPTS["pilaf"].Config, SCRIPTS["pilaf"].train, "title")
-
-
-def test_a_machine_without_git_trains_too(flags, monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert SCRIPTS["pilaf"].train(SCRIPTS["pilaf"].Config(**flags)).oracle.queries == 12
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

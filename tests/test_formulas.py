@@ -92,17 +92,6 @@ def sample_one(logits: list[float], uniform: float, temperature: float = 1.0) ->
     return sample_tokens(torch.tensor([[logits]]), torch.tensor([[uniform]]), temperature).item()
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-def test_evenly_spread_uniforms_draw_each_token_as_often_as_the_softmax_says(temperature):
-    logits, count = [0.3, -1.2, 2.0, 0.0, -3.0], 4000
-    uniforms = (torch.arange(count) + 0.5).view(4, 1000) / count
-    tokens = sample_tokens(torch.tensor(logits).expand(4, 1000, 5), uniforms, temperature)
-    weights = [math.exp(x / temperature) for x in logits]
-    for token, weight in enumerate(weights):
-        expected = count * weight / sum(weights)
-        assert abs((tokens == token).sum().item() - expected) <= 1
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_first_token_whose_cumulative_probability_exceeds_the_uniform_is_drawn(dtype):
     rng = torch.Generator().manual_seed(1)
@@ -130,14 +119,13 @@ def test_a_large_vocabulary_is_drawn_as_its_softmax_says_and_to_its_very_end():
         assert (last < 997).all() and logits.softmax(-1).gather(2, last[..., None]).gt(0).all()
 
 
-def test_zero_probability_is_never_drawn_a_tie_goes_to_the_later_token_and_cold_is_greedy():
+def test_zero_probability_is_never_drawn_and_a_tie_goes_to_the_later_token():
     never = -math.inf
     logits = [never, never, 0.5, never, 1.0, never, never]
     uniforms = [0.0, 1e-9, 0.2, 0.37, 0.38, 0.9, BELOW_ONE]  # e^.5 / (e^.5 + e) = .3775
     assert [sample_one(logits, uniform) for uniform in uniforms] == [2, 2, 2, 2, 4, 4, 4]
     assert [sample_one([-200.0, 0.0, -200.0], uniform) for uniform in uniforms] == [1] * 7
     assert [sample_one([0.0, 0.0], uniform) for uniform in (0.5 - 2**-24, 0.5)] == [0, 1]
-    assert [sample_one([0.1, 3.0, -1.0, 2.9], uniform, 0) for uniform in uniforms] == [1] * 7
 
 
 # ---------------------------------------------------------------- random streams
@@ -171,11 +159,6 @@ def test_win_metrics_equal_a_plain_loop_with_ties_one_half():
         "win_rate_stderr": math.sqrt(sum((win - 4 / 6) ** 2 for win in wins)) / 6,
         "win_probability": sum(r / (r + b) for r, b in pairs) / 6,
     })  # fmt: skip
-
-
-def test_a_wide_reward_gap_does_not_overflow_the_win_probability():
-    rewards = torch.tensor([1e4, -1e4, -1e4])
-    assert win_metrics(rewards, -rewards)["win_probability"] == pytest.approx(1 / 3)
 
 
 def test_gold_is_wanted_facts_minus_wrong_ones_minus_clutter_minus_a_tenth_a_word():

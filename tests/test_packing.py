@@ -199,15 +199,14 @@ def plain_response(
     response = []
     for uniform in uniforms:
         logits = model(torch.tensor([prompt + response])).logits[0, -1].double()
-        sharp = logits / (temperature or 1e-4)  # cold enough to be greedy
-        cumulative = sharp.softmax(-1).cumsum(-1).tolist()
+        cumulative = (logits / temperature).softmax(-1).cumsum(-1).tolist()
         response.append(next(k for k, total in enumerate(cumulative) if total > uniform))
         if response[-1] in eos:
             break
     return response
 
 
-@pytest.mark.parametrize("num, temperature", [(1, 1.0), (2, 0.6), (5, 1.0), (3, 0.0)])
+@pytest.mark.parametrize("num, temperature", [(1, 1.0), (2, 0.6), (5, 1.0)])
 @pytest.mark.parametrize("sizes", [[9, 4, 6, 1], [1, 1, 1, 1]])
 @torch.no_grad()
 def test_packed_decoding_draws_the_tokens_of_an_uncached_plain_recomputation(
@@ -274,7 +273,7 @@ def test_the_eos_ids_are_the_tokenizers_and_those_of_the_generation_config(model
     assert sorted(common.eos_ids(model, tokenizer).tolist()) == sorted({0, *own})
 
 
-@pytest.mark.parametrize("size, given", [(1, None), (2, 1.0), (64, 0.0)])
+@pytest.mark.parametrize("size, given", [(1, None), (2, 1.0), (64, 0.7)])
 def test_respond_samples_at_its_temperature_whatever_the_micro_batch_size_and_decodes_real_tokens(
     model, tokenizer, batch, size, given
 ):
@@ -284,7 +283,7 @@ def test_respond_samples_at_its_temperature_whatever_the_micro_batch_size_and_de
     uniforms = torch.rand(3, 2, 6, generator=common.generator(2, "x"))
     drawn = common.respond(model, tokenizer, batch, 2, rng, config, temperature=given)
     assert drawn.columns == batch.columns and drawn.response_ids.shape == (3, 2, 6)
-    temperature = 0.5 if given is None else given
+    temperature = given or 0.5
     for b, n in itertools.product(range(3), range(2)):
         prompt, response = real_ids(drawn, b, n)
         numbers = uniforms[b, n].tolist()
@@ -337,18 +336,6 @@ def test_stacked_and_beside_join_prompts_and_responses_as_they_were(batch):
     assert beside.ref_logps is None and beside.response_ids.shape == (3, 5, 6)
     for row in range(3):
         assert_same_row(beside, row, batch, row, [1, 0, 0, 1, 2])
-
-
-def test_a_replay_comes_back_from_a_file_that_needs_no_trust(batch, tmp_path):
-    parts = [batch, batch.select(torch.tensor([1]), torch.tensor([[2, 0]]))]
-    torch.save(common.Replay(parts).state_dict(), tmp_path / "replay.pt")
-    replay = common.Replay([batch])
-    replay.load_state_dict(torch.load(tmp_path / "replay.pt", weights_only=True))
-    for found, part in zip(replay, parts, strict=True):
-        assert len(found) == len(part)
-        for row in range(len(part)):
-            assert_same_row(found, row, part, row, list(range(part.response_ids.shape[1])))
-        assert torch.equal(found.ref_logps, part.ref_logps)
 
 
 def test_a_text_is_distinct_at_its_first_place_whatever_stands_around_it():
@@ -435,8 +422,8 @@ def test_the_optimiser_is_adam_that_warms_up_and_can_be_kept_and_restarted(batch
 
 @pytest.mark.parametrize("size", [1, 64])
 @pytest.mark.parametrize("bad_loss, said", [
-    (lambda logps: logps * math.nan, "prompt 1"),
-    (lambda logps: logps * math.inf, "prompt 1"),
+    (lambda logps: logps * math.nan, "loss"),
+    (lambda logps: logps * math.inf, "loss"),
     (lambda logps: (logps - logps.detach()).abs().sqrt(), "gradient"),  # 0, infinitely steep
 ])  # fmt: skip
 def test_what_is_not_finite_is_refused_before_a_weight_moves(batch, bad_loss, said, size):

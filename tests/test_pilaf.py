@@ -181,14 +181,6 @@ def test_a_fair_coin_decides_for_both_responses_of_a_prompt(beta):
     assert is_mixed.sum().item() == pytest.approx(5000, abs=200)  # 4 standard deviations
 
 
-def test_minus_one_is_the_reference_and_zero_the_policy_even_at_minus_infinity():
-    logits, ref_logits = torch.randn(2, 3, 2, 7, generator=generator(0, "logits"))
-    logits[0, 0, 2], c = -math.inf, torch.full((3, 2), -1.0)
-    assert torch.equal(pilaf.interpolate(logits, ref_logits, 0 * c), logits)
-    for ref in (ref_logits, ref_logits.masked_fill(logits.isinf(), -math.inf)):
-        assert torch.equal(pilaf.interpolate(logits, ref, c), ref)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_each_response_gets_the_mixture_and_log_z_of_its_own_coefficient_in_float32(dtype):
     logits, ref_logits = 4 * torch.randn(2, 3, 2, 7, generator=generator(1, "logits")).to(dtype)
@@ -314,23 +306,6 @@ def test_samples_weights_and_costs_are_those_of_uncached_loops(
     assert costs["sampling_cost"] == (streams or 2 + 2 * is_mixed.float().mean())
     assert sum(len(model.calls["score"]) for model in models) * len(c) == 8 * passes
     assert costs["annotation_cost"] == sum(read) / len(read)
-
-
-def test_logits_and_log_z_of_a_decoder_are_the_definitions_token_by_token(ending):
-    c = torch.tensor([[0.6, -0.6], [0.0, 0.0], [0.6, -0.6], [1.0, -1.0]])
-    prompts = PROMPTS.select(torch.arange(4))
-    tokens = torch.randint(1, 300, (4, 2, NEW), generator=generator(0, "tokens"))
-    tokens[..., 0] = prompts.prompt_ids[:, -1:]
-    lengths = torch.tensor([[2, 5], [6, 6], [1, 4], [3, 3]])  # read; the reference's end first
-    decoder = pilaf.InterpolatedDecoder(*ending, prompts, c)
-    for t in range(NEW):
-        logits = decoder(tokens[..., t], t < lengths).detach()
-        for b, n in (t < lengths).nonzero().tolist():
-            ids = prompts.prompt_ids[b, -LENGTHS[b] :].tolist() + tokens[b, n, 1 : t + 1].tolist()
-            expected, log_z = plain_logps(ending, ids, c[b, n].item())
-            assert decoder.log_z[t][b, n].item() == pytest.approx(log_z, rel=1e-4, abs=1e-4)
-            off = logits[b, n].log_softmax(-1) - expected.log_softmax(-1)
-            assert off.abs().max() / expected.std() < 1e-4
 
 
 def test_at_the_reference_pilafs_pairs_are_vanillas_with_weight_one(ending):

@@ -39,7 +39,7 @@ def nodes(kind: type, *names: str) -> list:
 
 
 @pytest.mark.parametrize(
-    "name, most", {"common": 520, "harness": 725, "sea": 420, "selm": 310, "pilaf": 335}.items()
+    "name, most", {"common": 475, "harness": 680, "sea": 408, "selm": 300, "pilaf": 330}.items()
 )
 def test_a_file_does_not_grow(name, most):
     """Wanted are 450, 520, 390, 310 and 300 lines, of which only selm.py's are reached."""
@@ -64,20 +64,10 @@ def test_the_tests_do_not_grow():
     """Wanted are 4,000 lines."""
     files = set((ROOT / "tests").glob("*.py"))
     files -= {ROOT / "tests" / name for name in ("benchmark.py", "memory.py", "sizes.py")}
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 4200
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 4060
 
 
 # ---------------------------------------------------------------- flags, commands, paths, tables
-
-
-@EACH
-def test_help_lists_every_flag(name):
-    command = [sys.executable, ROOT / f"{name}.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0
-    for field in fields(SCRIPTS[name].Config):
-        assert f"--{field.name}" in done.stdout or not field.init
-        assert field.metadata.get("help") or not field.init
 
 
 @pytest.mark.parametrize("name, words", [*COMMANDS, *sum(DOCSTRINGS.values(), [])])

@@ -314,7 +314,7 @@ def test_a_checkpoint_needs_no_trust_and_a_column_of_dates_does_no_harm(
     with pytest.raises(Stopped):
         train(script, flags, stops(5), **more)
     state = torch.load(Path(flags["output_dir"], "checkpoint.pt"), weights_only=True)
-    assert "'day'" not in str(state) and {"policy", "counts", "queries"} <= state.keys()
+    assert "'day'" not in str(state) and {"policy", "counts", "labels"} <= state.keys()
     folder = train(script, flags, Rule, **more, resume="")
     assert rows(folder / "metrics.jsonl")[-1]["queries"] >= 12
 
@@ -348,15 +348,7 @@ def test_the_default_folder_names_each_flag_that_changes_the_run_and_no_other(sc
     for unimportant in (dict(device="cpu"), dict(debug=True), dict(overwrite=True)):
         assert config_class(**unimportant).output_dir == plain
     assert re.fullmatch(r"[\w.=+-]+", config_class(model="../a b/c:d").output_dir[5:])
-
-
-def test_a_disk_can_hold_the_default_folder_of_the_readmes_longest_command(tmp_path):
-    name = "trl-lib/pythia-1b-deduped-tldr-"
-    many = dict(model=name + "sft", reward_model=name + "rm", dataset="trl-lib/tldr")
-    many |= dict(num_queries=50_000, batch_size=128, max_prompt_length=512, max_new_tokens=53)
-    many |= dict(erm_backbone="reference", learning_rate=5e-7, reference_column="completion")
-    many |= dict(temperature=0.7, eval_every=2560, eval_prompts=1000, burn_in=1000)
-    (tmp_path / sea.Config(**many).output_dir).mkdir(parents=True)
+    assert len(config_class(model="x" * 300).output_dir) < 255  # what a disk can hold
 
 
 def test_the_start_says_what_the_run_uses_and_names_parts_of_tiny_beside_another_policy(

@@ -498,11 +498,12 @@ def train_stage(flags: argparse.Namespace) -> None:
     )  # fmt: skip
     if not is_sft:
         config.other_column = "rejected"
-    tokenizer = harness.load_pretrained(transformers.AutoTokenizer, path, "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     columns = harness.load_prompts(config, tokenizer)[0].columns
     names = ("learning_rate", "batch_size", "num_steps", "seed")
     settings = {name: getattr(flags, name) for name in names}
-    options = dict(dtype=torch.float32, local_files_only=harness.is_path(path, "base"))
+    options = dict(dtype=torch.float32)
     if is_sft:
         common.require("reference" in columns, f"--dataset has no {flags.response_column}")
         model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
