@@ -50,19 +50,30 @@ def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
     """Concatenate `function(rows)` over micro-batches of at most `size` of `count` rows; it returns
     a tensor, or a tuple of tensors, with an entry a row, on the CPU.
 
-    Every heavy computation goes through here, so `size` bounds the memory of all. Of several
-    processes each does every n-th part and gets the others' results; all else they do alike.
+    Every heavy computation goes through here, so `size` bounds the memory of all.
     """
-    rank, num_ranks = ranks()
+    num_ranks = ranks()[1]
     parts = torch.arange(count).split(min(size, max(1, -(-count // num_ranks))))
-    results = [function(rows) for rows in parts[rank::num_ranks]]
-    if num_ranks > 1:
-        everyone = [None] * num_ranks
-        distributed.all_gather_object(everyone, results)
-        results = [everyone[n % num_ranks][n // num_ranks] for n in range(len(parts))]
+    results = dealt(function, parts) if num_ranks > 1 else [function(rows) for rows in parts]
     if isinstance(results[0], tuple):
         return tuple(torch.cat(column) for column in zip(*results))
     return torch.cat(results)
+
+
+def dealt(function: Callable[[Tensor], Any], parts: tuple[Tensor, ...]) -> list[Any]:
+    """`function(rows)` of all parts, in order: of several processes each computes every n-th and
+    sends what came out, or what went wrong, to the others. All else they do alike."""
+    (rank, num_ranks), results, error = ranks(), [], None
+    try:
+        results = [function(rows) for rows in parts[rank::num_ranks]]
+    except Exception as problem:
+        error = UserError(f"process {rank}: {problem}")
+    everyone = [None] * num_ranks
+    distributed.all_gather_object(everyone, (results, error))
+    for _, error in everyone:
+        if error:
+            raise error
+    return [everyone[n % num_ranks][0][n // num_ranks] for n in range(len(parts))]
 
 
 # ---------------------------------------------------------------- B prompts x N responses

@@ -44,7 +44,7 @@ class Config:
     ref_model: str | None = flag(None, "reference model, which is never trained (as --model)")
     dataset: str = flag("./tiny", "prompts: a folder, a json, jsonl, csv or parquet file, a hub id")
     reward_model: str = flag("./tiny/reward_model", "the oracle: a folder or a hub id")
-    output_dir: str | None = flag(None, "folder of the run (runs/SCRIPT-ARM-CHANGED_FLAGS-SEED)")
+    output_dir: str | None = flag(None, "folder of the run (runs/SCRIPT-ARM-SEED)")
     seed: int = flag(0, "of every random stream")
     num_queries: int | None = flag(None, "labels to ask of the oracle, at most (2048)")
     batch_size: int = flag(16, "prompts a round (SEA: 128; SELM: 128 or 256)")
@@ -60,7 +60,7 @@ class Config:
     eval_prompts: int = flag(256, "held-out prompts an evaluation")
     checkpoint_every: int = flag(20, "rounds between checkpoints")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    micro_batch_size: int = flag(64, "prompts a forward pass: fewer take less memory")
+    micro_batch_size: int | None = flag(None, "prompts a forward pass, bounds memory (8; CPU: 64)")
     gradient_checkpointing: bool = flag(False, "less memory, more time")
     prompt_column: str = flag("prompt", "of the data set")
     reference_column: str = flag("reference", "of the data set: a response to compare with")
@@ -73,11 +73,12 @@ class Config:
     script, arm = "run", "labels"  # the default folder is named after the script and this flag
     may_be_zero = ("seed", "learning_rate", "warmup_steps")  # every other number is above 0
     shown = ("win_rate", "reward", "kl", "objective", "gold")  # of the metrics, on the screen
-    unnamed = ("output_dir", "resume", "overwrite", "debug", "seed", "device", "planned_queries")
+    unsaved = ("output_dir", "resume", "overwrite", "debug")
 
     def __post_init__(self) -> None:
         require(self.resume is None or not self.overwrite, "--resume excludes --overwrite")
-        self.output_dir = self.resume or self.output_dir or self.default_folder()
+        default_folder = f"runs/{self.script}-{getattr(self, self.arm)}-{self.seed}"
+        self.output_dir = self.resume or self.output_dir or default_folder
         if self.resume is not None:
             self.take_saved_flags()
         self.ref_model = self.ref_model or self.model
@@ -85,26 +86,19 @@ class Config:
         self.planned_queries = self.planned_queries or self.num_queries
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.micro_batch_size is None:  # Pythia-410m at TL;DR's lengths fits into 16 GB
+            self.micro_batch_size = 64 if self.device == "cpu" else 8
         for name, value in vars(self).items():
             is_zero = value == 0 and name in self.may_be_zero
             if type(value) in (int, float) and not is_zero:
                 require(0 < value < math.inf, f"--{name} {value} is out of range")
-
-    def default_folder(self) -> str:
-        """runs/SCRIPT-ARM-FLAGS-SEED, with the flags that differ from their defaults."""
-        words = [self.script, getattr(self, self.arm)]
-        for known in fields(self):
-            value = getattr(self, known.name)
-            if value != known.default and known.name not in (self.arm, *self.unnamed):
-                words.append(known.name + "=" + re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)))
-        return f"runs/{'-'.join(words)[:200]}-{self.seed}"  # no disk takes any length
 
     def take_saved_flags(self) -> None:
         """The flags of the run in --output_dir; of those given only --num_queries may differ."""
         path = Path(self.output_dir).expanduser() / "config.json"
         require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
         saved = json.loads(path.read_text())["flags"]
-        for known in [f for f in fields(self) if f.name not in self.unnamed[:4]]:
+        for known in [f for f in fields(self) if f.name not in self.unsaved]:
             given, old = getattr(self, known.name), saved[known.name]
             if given == known.default:  # not given, as far as can be told
                 setattr(self, known.name, old)
@@ -220,7 +214,8 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
     for name in ("prompt", "reference", "other"):
         wanted, default = (getattr(c, f"{name}_column", None) for c in (config, type(config)))
         if wanted in known:
-            texts = [v[-1]["content"] if isinstance(v, list) else v for v in rows[wanted][:]]
+            is_chat = [isinstance(v, list) and v[-1]["role"] == "user" for v in rows[wanted][:]]
+            texts = [v[-1]["content"] if i else v for v, i in zip(rows[wanted][:], is_chat)]
             is_text = all(isinstance(text, str) and text.strip() for text in texts)
             require(is_text, f"{where}: a row's {wanted} is empty, or not text")
             columns[name] = texts
@@ -358,6 +353,7 @@ class RewardModelOracle(Oracle):
         wrong = f"--reward_model {config.reward_model} has several labels"
         require(self.model.config.num_labels == 1, wrong)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        self.model.config.use_cache = False
 
     @torch.no_grad()
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
@@ -481,6 +477,8 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     policy, ref_model, tokenizer = load_policies(config)
     prompts, held_out = load_prompts(config, tokenizer)
     judge = config.reward_model if oracle is None else type(oracle).__name__
+    is_asked_once = oracle is None or common.ranks()[1] == 1
+    require(is_asked_once, f"{judge} would be asked by each process: run a single one")
     oracle = oracle or RewardModelOracle(config)
     columns, compared_with = held_out.columns, "reference"
     if "reference" not in columns:
@@ -667,6 +665,9 @@ def main(config_class: type[Config], train: Callable, docstring: str) -> None:
         join_others()
         config = config_class(**vars(parser.parse_args()))
         train(config)
+        if common.ranks()[1] > 1:
+            distributed.barrier()
+            distributed.destroy_process_group()
     except KeyboardInterrupt:
         print(f"stopped; --resume {config.output_dir if config else ''} continues", file=sys.stderr)
         sys.exit(130)

@@ -2,8 +2,8 @@
 
     python notebooks/controls.py        # minutes; writes results/controls.jsonl
 
-Of 20 samples of the initial policy to each test post the best is taken: by nobody (the first one),
-by length, by heads that have learned nothing, by the reader's own marks, by the oracle (the
+Of 20 samples of the initial policy to each test post the best is taken, by
+length, by heads that have learned nothing, by the reader's own marks, by the oracle (the
 ceiling). `kl` is what taking the best of n samples costs at most, log n - (n - 1) / n nats.
 Shapes: B prompts, N candidates a prompt, R response tokens.
 """
@@ -49,26 +49,27 @@ def main() -> None:
     batch, columns = posts.batch, posts.batch.columns
     ensemble = sea.EpistemicRewardModel(posts.features.shape[-1], config)
     ensemble.calibrate(posts.features, common.distinct(batch.responses))
+    num = config.num_candidates
     judges = {  # scores (B, N)
-        "initial policy": -torch.arange(config.num_candidates).expand(len(batch), -1),
         "zero labels: shortest": -batch.response_mask.sum(-1),
         "zero labels: untrained heads": ensemble(posts.features).mean(0),
         "zero labels: reader's marks": marks(batch, config.erm_backbone),
         "ceiling: oracle": posts.rewards,
     }
-    oracle = harness.RewardModelOracle(config)
-    references = oracle.score(columns["prompt"], [[text] for text in columns["reference"]])[:, 0]
-    num, rows = config.num_candidates, []
-    for name, scores in judges.items():
-        best = scores.argmax(1)  # (B,)
-        rewards = posts.rewards.gather(1, best[:, None])[:, 0]
-        texts = [row[n] for row, n in zip(batch.responses, best)]
-        kinds = zip(texts, columns["wanted"], columns["wrong"], columns["clutter"])
-        golds = [harness.gold_score(*known) for known in kinds]
+    picks = {name: scores.argmax(1, keepdim=True) for name, scores in judges.items()}  # (B, n)
+    picks = {"initial policy": torch.arange(num).expand(len(batch), -1)} | picks
+    oracle, rows = harness.RewardModelOracle(config), []
+    references = oracle.score(columns["prompt"], [[text] for text in columns["reference"]])
+    for name, picked in picks.items():
+        rewards = posts.rewards.gather(1, picked)  # (B, n)
+        kinds = zip(columns["wanted"], columns["wrong"], columns["clutter"])
+        known = zip(batch.responses, picked, kinds)
+        golds = [harness.gold_score(y[n], *kind) for y, pick, kind in known for n in pick]
         row = {"arm": name, "gold": sum(golds) / len(golds), "reward": rewards.mean().item()}
-        row["kl"] = math.log(num) - (num - 1) / num if name != "initial policy" else 0.0
+        row["kl"] = math.log(num) - (num - 1) / num if name in judges else 0.0
         row["objective"] = row["reward"] - config.beta * row["kl"]
-        rows.append(row | harness.win_metrics(rewards, references))
+        baseline = references.expand_as(rewards)
+        rows.append(row | harness.win_metrics(rewards.flatten(), baseline.flatten()))
         print(*(f"{k} {v:.3f}" if k != "arm" else v for k, v in rows[-1].items()), sep="  ")
     lines = [json.dumps(row) + "\n" for row in rows]
     (ROOT / "notebooks" / "results" / "controls.jsonl").write_text("".join(lines))

@@ -22,7 +22,7 @@ import drawing
 import matplotlib.pyplot as plt
 
 SCRIPTS = {"explore": "sea", "bonus": "selm", "sampler": "pilaf"}
-# As harness.Config.unnamed: flags that make no other arm.
+# Flags that make no other arm.
 IGNORED = ("output_dir", "resume", "overwrite", "debug", "seed", "device", "planned_queries")
 
 Rows = list[dict]

@@ -50,3 +50,30 @@ def test_two_processes_give_the_metrics_and_pairs_of_one(script, micro_batch_siz
     assert len(alone) == len(together) > 1
     for one, two in zip(alone, together):
         assert two == pytest.approx(one, abs=1e-4)
+
+
+FAILING = """
+import os, common, harness, sea
+
+def fail_once(model, batch, real=common.response_logps):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("this process alone is out of order")
+    return real(model, batch)
+
+common.response_logps = fail_once
+try:
+    harness.main(sea.Config, sea.train, sea.__doc__)
+except SystemExit as stop:
+    open(os.environ["CODES"] + os.environ["RANK"], "w").write(str(stop.code))
+    raise
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all_with_exit_code_2(flags, tmp_path, monkeypatch):
+    (tmp_path / "failing.py").write_text(FAILING)
+    monkeypatch.setenv("CODES", str(tmp_path / "code"))
+    done = launch(str(tmp_path / "failing.py"), words(flags) + BACKBONE, 2)
+    assert done.returncode != 0
+    assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
+    assert "error: process 1: this process alone is out of order" in done.stderr
