@@ -214,8 +214,9 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
     for name in ("prompt", "reference", "other"):
         wanted, default = (getattr(c, f"{name}_column", None) for c in (config, type(config)))
         if wanted in known:
-            is_chat = [isinstance(v, list) and v[-1]["role"] == "user" for v in rows[wanted][:]]
-            texts = [v[-1]["content"] if i else v for v, i in zip(rows[wanted][:], is_chat)]
+            role = "user" if name == "prompt" else "assistant"
+            is_turn = [isinstance(v, list) and v[-1]["role"] == role for v in rows[wanted][:]]
+            texts = [v[-1]["content"] if i else v for v, i in zip(rows[wanted][:], is_turn)]
             is_text = all(isinstance(text, str) and text.strip() for text in texts)
             require(is_text, f"{where}: a row's {wanted} is empty, or not text")
             columns[name] = texts

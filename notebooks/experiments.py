@@ -68,13 +68,15 @@ BACKBONES = {
 
 def jobs_of(stage: str, arms: list[str] | None, seeds: list[int] | None) -> list[tuple]:
     """(arm, rule, rate, seed) of a stage; the chosen rate where the stage does not search."""
+    known = BACKBONES if stage == "backbones" else ARMS
+    arms = [arm for arm in known if arm in (arms or known)]
     if stage == "rates":
-        found = [(a, RULES[0], r, s) for s in (100, 101, 102) for r in RATES for a in ARMS]
+        found = [(a, RULES[0], r, s) for s in (100, 101, 102) for r in RATES for a in arms]
     elif stage == "claims":
-        found = [(a, rule, rate_of(a), s) for rule in RULES for s in range(8) for a in ARMS]
+        found = [(a, rule, rate_of(a), s) for rule in RULES for s in range(8) for a in arms]
     else:
-        found = [(a, RULES[0], rate_of(a.split("-")[0]), s) for s in range(5) for a in BACKBONES]
-    return [job for job in found if job[0] in (arms or [job[0]]) and job[3] in (seeds or [job[3]])]
+        found = [(a, RULES[0], rate_of(a.split("-")[0]), s) for s in range(5) for a in arms]
+    return [job for job in found if job[3] in (seeds or [job[3]])]
 
 
 def rate_of(arm: str) -> float:

@@ -44,10 +44,14 @@ def test_the_rate_of_an_arm_is_that_of_the_largest_mean_objective_at_the_end(mon
 
 
 def test_results_have_the_seeds_of_the_protocol_and_no_rate_was_chosen_on_them():
-    for stage, seeds in (("rates", {100, 101, 102}), ("claims", set(range(8)))):
-        for arm in {row["arm"] for row in rows(experiments.RESULTS / f"{stage}.jsonl")}:
-            own = [r for r in rows(experiments.RESULTS / f"{stage}.jsonl") if r["arm"] == arm]
-            assert {row["seed"] for row in own} == seeds, (stage, arm)
+    seeds = {"rates": {100, 101, 102}, "claims": set(range(8)), "backbones": set(range(5))}
+    files = [path for path in experiments.RESULTS.glob("*.jsonl") if path.stem in seeds]
+    assert files
+    for path in files:
+        found = {}
+        for row in rows(path):
+            found.setdefault((row["arm"], row["labels"], row["rate"]), set()).add(row["seed"])
+        assert all(own == seeds[path.stem] for own in found.values()), path
 
 
 @pytest.mark.slow
