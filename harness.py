@@ -221,7 +221,7 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
             require(is_text, f"{where}: a row's {wanted} is empty, or not text")
             columns[name] = texts
         elif name == "prompt" or wanted != default:
-            raise UserError(f"{where} has no --{name}_column {wanted}, but {', '.join(known)}")
+            raise UserError(f"{where} has no --{name}_column {wanted}; it has {', '.join(known)}")
     texts = rows[config.prompt_column][:]
     is_chat = bool(tokenizer.chat_template) or not isinstance(texts[0], str)
     if is_chat:
