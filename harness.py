@@ -98,6 +98,8 @@ class Config:
         path = Path(self.output_dir).expanduser() / "config.json"
         require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
         saved = json.loads(path.read_text())["flags"]
+        wrong = f"--resume: {path.parent} holds a run of another script than {self.script}.py"
+        require(self.arm in saved, wrong)
         for known in [f for f in fields(self) if f.name not in self.unsaved]:
             given, old = getattr(self, known.name), saved[known.name]
             if given == known.default:  # not given, as far as can be told

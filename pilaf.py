@@ -264,7 +264,7 @@ def plan(config: Config) -> tuple[int, int, int | None]:
     num_prompts = labels // cost
     require(num_prompts, f"--num_queries {config.planned_queries} pays for no prompt an iteration")
     num_steps = math.ceil(num_prompts / config.batch_size) * config.num_epochs
-    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} steps; "
+    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s); "
     wrong += "lower it or --batch_size, or raise --num_queries"
     require(config.warmup_steps < num_steps, wrong)
     added = (config.num_queries - config.planned_queries) // labels

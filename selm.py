@@ -223,7 +223,7 @@ def plan(config: Config, prompts: Batch) -> tuple[int, int]:
     few = f"{where} has {size} prompts an iteration, and --num_queries needs {num_prompts}"
     require(num_prompts <= size, few)
     num_steps = math.ceil(num_prompts / config.batch_size)
-    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} steps; "
+    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s); "
     wrong += "lower it or --batch_size, or raise --num_queries"
     require(config.warmup_steps < num_steps, wrong)
     return num_iterations + (config.num_queries - config.planned_queries) // labels, num_prompts
