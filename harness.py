@@ -98,6 +98,8 @@ class Config:
         path = Path(self.output_dir).expanduser() / "config.json"
         require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
         saved = json.loads(path.read_text())["flags"]
+        wrong = f"--resume: {path.parent} holds a run of another script than {self.script}.py"
+        require(self.arm in saved, wrong)
         for known in [f for f in fields(self) if f.name not in self.unsaved]:
             given, old = getattr(self, known.name), saved[known.name]
             if given == known.default:  # not given, as far as can be told
@@ -221,7 +223,7 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
             require(is_text, f"{where}: a row's {wanted} is empty, or not text")
             columns[name] = texts
         elif name == "prompt" or wanted != default:
-            raise UserError(f"{where} has no --{name}_column {wanted}, but {', '.join(known)}")
+            raise UserError(f"{where} has no --{name}_column {wanted}; it has {', '.join(known)}")
     texts = rows[config.prompt_column][:]
     is_chat = bool(tokenizer.chat_template) or not isinstance(texts[0], str)
     if is_chat:

@@ -2,9 +2,9 @@
 
 DPO's pairs are usually two samples of the current policy. The gradient of its loss then is not that
 of what is wanted, reward minus beta times KL: each pair carries a factor sigma'(gap) of implicit
-rewards. Sampling pairs in proportion to 1 / sigma' removes it, and that is: half of the pairs as
-before, half with one response of the policy pushed away from the reference (optimism) and one of
-the policy pulled towards it. Algorithm 1 of the paper, each round:
+rewards. Sampling pairs in proportion to 1 / sigma' would remove it. PILAF nearly does: half of the
+pairs as before, half with one response of the policy pushed away from the reference (optimism) and
+one of the policy pulled towards it. Algorithm 1 of the paper, each round:
 
   1. receive B `prompts`
   2. toss a fair coin for each: c = (0, 0), or c = (+beta, -beta) for its two responses
@@ -22,7 +22,7 @@ teacher-forced scoring passes (not in the paper's table) and responses that the 
   hybrid            one sample of the policy, one of the reference              2, 0, 2
 
 The coin's 1/2 and the token-wise products are approximations. --importance_weights makes the
-gradient that of exact T-PILAF by a weight on each pair's loss; a large beta * KL makes the weights
+gradient that of exact T-PILAF by a weight on each pair's loss; a large beta or KL makes the weights
 uneven (see effective_sample_size). The theory needs --labels bernoulli.
 
 While policy = reference, pilaf *is* vanilla, so compare samplers from a start that has moved (with
@@ -33,7 +33,7 @@ another seed, to see other prompts) and the reference where it was:
 No code of the authors was found. Not known, hence our choice: learning rate, batch, response
 length, temperature, KL estimator, label rule, how their start was overfitted, what an iteration is.
 
-    python pilaf.py      # 1 minute on two CPU cores, offline. On a GPU: not measured
+    python pilaf.py      # 1 minute on two CPU cores, offline; GPUs: README.md
 
 Shapes: B prompts, N responses a prompt, R response tokens, V vocabulary.
 """
@@ -264,7 +264,8 @@ def plan(config: Config) -> tuple[int, int, int | None]:
     num_prompts = labels // cost
     require(num_prompts, f"--num_queries {config.planned_queries} pays for no prompt an iteration")
     num_steps = math.ceil(num_prompts / config.batch_size) * config.num_epochs
-    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has {num_steps} steps"
+    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s); "
+    wrong += "lower it or --batch_size, or raise --num_queries"
     require(config.warmup_steps < num_steps, wrong)
     added = (config.num_queries - config.planned_queries) // labels
     return cost, num_prompts, config.num_iterations + added

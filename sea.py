@@ -16,21 +16,21 @@ label pairs of their own, which cost nothing. Algorithm 2 of the paper, each rou
   6. train the heads on D, 5 minibatches
   7. train the policy on all pairs of the round, 1 step
 
-Differences from the paper: 1. a constant learning rate, not a cosine; 2. temperature 1 and sampled
-evaluation, not 0.7 and greedy; 3. noisy labels (its experiments: --labels argmax); 4. a burn-in of
-256 labels, not 1,000; 5. Eq. 8's anchor squared, with a plus sign, and scaled so that it acts; 6.
-features are means over a response's tokens, not states of PairRM.
+Differences from the paper and its experiments: 1. a constant learning rate, not a cosine; 2.
+temperature 1 and sampled evaluation, not 0.7 and greedy; 3. noisy labels (its experiments: --labels
+argmax); 4. a burn-in of 256 labels, not 1,000; 5. Eq. 8's anchor squared, with a plus sign, and
+scaled so that it acts; 6. features are means over a response's tokens, not states of PairRM.
 Differences from the released code (sail-sg/oat v0.0.4): it 1. has the oracle label synthetic pairs,
 uncounted, and trains the heads on them; 2. takes the variance of raw reward gaps (--bai_variance
-logit); 3. draws one head for 32 prompts; 4. has an anchor 280 times weaker than its weight decay,
-so that heads overfit instead of disagreeing where there is no data; 5. counts duels of equal texts;
-6. ranks APL's prompts by lowest entropy.
+logit); 3. draws one head for 32 prompts; 4. has an anchor at least 280 times weaker than its weight
+decay, so that heads overfit instead of disagreeing where there is no data; 5. counts duels of equal
+texts; 6. ranks APL's prompts by lowest entropy.
 
 The paper's variants 1-7: 1 --explore passive; 2 --gamma 1; 3 the default; 4 --explore passive
 --best_of_n 10; 5 --gamma 1 --best_of_n 10; 6 --best_of_n 10; 7 --explore ee --gamma 1 --offline
 --best_of_n 10 --learning_rate 0. Baselines: --explore passive (--offline; --loss ipo, slic), apl.
 
-    python sea.py        # 4 minutes on two busy CPU cores, offline. On a GPU: not measured
+    python sea.py        # 4 minutes on two busy CPU cores, offline; GPUs: README.md
 
 Shapes: B prompts, N candidates a prompt, E heads, D features; common.py has the others.
 """

@@ -27,7 +27,7 @@ Differences from both: the oracle ranks, not PairRM, with noise unless --labels 
 ceil(3 n / 2) - 2 labels; beta 0.1, not 0.01; a constant rate after each warm-up, not a cosine; no
 offline DPO first (Zephyr's recipe). XPO's alpha and schedule are unconfirmed, ours a choice.
 
-    python selm.py       # 1 minute on two CPU cores, offline. On a GPU: not measured
+    python selm.py       # 1 minute on two CPU cores, offline; GPUs: README.md
 
 Shapes: B prompts, N responses a prompt; common.py has the others.
 """
@@ -223,7 +223,8 @@ def plan(config: Config, prompts: Batch) -> tuple[int, int]:
     few = f"{where} has {size} prompts an iteration, and --num_queries needs {num_prompts}"
     require(num_prompts <= size, few)
     num_steps = math.ceil(num_prompts / config.batch_size)
-    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has {num_steps} steps"
+    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s); "
+    wrong += "lower it or --batch_size, or raise --num_queries"
     require(config.warmup_steps < num_steps, wrong)
     return num_iterations + (config.num_queries - config.planned_queries) // labels, num_prompts
 
