@@ -498,11 +498,6 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     print(f"oracle     {judge}, --labels {config.labels}; win rate against the {compared_with}")
     print(f"prompts    {len(prompts)} to train on, {len(held_out)} held out, {limits}")
     print(f"run        {config.num_queries} labels into {folder}, on {config.device}")
-    parts = {"dataset": config.dataset, "erm_backbone": getattr(config, "erm_backbone", "")}
-    parts |= {"ref_model": config.ref_model, "reward_model": judge}
-    for name, value in parts.items():
-        if value.startswith("./tiny") and not config.model.startswith("./tiny"):
-            print(f"note       --{name} {value} was made for this miniature world, not for --model")
     return Task(policy, ref_model, tokenizer, prompts, held_out, oracle)
 
 
