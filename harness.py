@@ -192,7 +192,7 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     if os.path.isfile(name):
         name, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
     splits = dict(datasets.load_dataset(name, **options))
-    train = splits.pop("train")
+    train = splits.pop("train", None) or splits.popitem()[1]
     held_out = splits.get("test") or splits.get("validation")
     if not held_out:
         require(len(train) > 1, f"--dataset {config.dataset} has one row: none is left to hold out")

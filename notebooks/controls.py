@@ -69,8 +69,9 @@ def main() -> None:
         row["kl"] = math.log(num) - (num - 1) / num if name in judges else 0.0
         row["objective"] = row["reward"] - config.beta * row["kl"]
         baseline = references.expand_as(rewards)
-        rows.append(row | harness.win_metrics(rewards.flatten(), baseline.flatten()))
-        print(*(f"{k} {v:.3f}" if k != "arm" else v for k, v in rows[-1].items()), sep="  ")
+        row["win_rate"] = harness.win_metrics(rewards.flatten(), baseline.flatten())["win_rate"]
+        rows.append(row)
+        print(*(f"{k} {v:.3f}" if k != "arm" else v for k, v in row.items()), sep="  ")
     lines = [json.dumps(row) + "\n" for row in rows]
     (ROOT / "notebooks" / "results" / "controls.jsonl").write_text("".join(lines))
 

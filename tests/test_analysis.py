@@ -70,6 +70,16 @@ def test_an_arm_that_never_reaches_the_target_is_a_bound():
     assert found["ratio"] == pytest.approx(found["passive_labels"] / 2048)
 
 
+def test_labels_that_random_duels_need_over_a_rules_are_read_off_the_mean_curves():
+    """Random duels gain 0, 8, 10, 10 at 0, 100, 200, 400 labels: 9 of them at 150."""
+    random = np.tile([0.0, 8, 10, 10], (3, 1))
+    twice_as_fast = np.tile([0.0, 12, 12, 12], (3, 1))  # 9 at 75 labels
+    never = np.zeros((3, 4))
+    for own, ratio in ((random, 1), (twice_as_fast, 2), (never, 0)):
+        found = analysis.label_ratio(random, own, (0, 100, 200, 400), draws=9)
+        assert found == pytest.approx((ratio,) * 3)
+
+
 # ---------------------------------------------------------------- verdicts
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import make_batch, rows
 
+import common
 import harness
 import sea
 
@@ -70,9 +71,22 @@ def test_a_run_is_done_once_from_its_start_and_its_rows_are_collected(monkeypatc
     assert found[0]["kl"] != 0  # the start has moved, and the reference is where it was
 
 
-def test_repeated_pairs_take_seas_number_of_steps_on_passives_labels(flags):
+def test_repeated_pairs_take_seas_number_of_steps_on_passives_labels(flags, monkeypatch):
     flags |= dict(num_queries=200, batch_size=2, burn_in=20, eval_every=1000)
+    steps, real = [], common.train_step  # the pairs of each, by what they hold
+
+    def spy(policy, optimizer, pairs, *how):
+        steps.append({str(row) for row in zip(pairs.response_ids.tolist(), pairs.responses)})
+        return real(policy, optimizer, pairs, *how)
+
+    monkeypatch.setattr(common, "train_step", spy)
     run = repeated_pairs.train(repeated_pairs.Config(**flags))
+    of_rounds, num_old = set(), 0
+    for before, now in zip([set(), *steps], steps):
+        is_old = now <= of_rounds  # all of an extra step's pairs were trained on in rounds before
+        num_old += is_old and now != before
+        of_rounds |= now
+    assert num_old == run.counts.gradient_steps - run.round > 20
     expected = 20 / 2 + (200 - 20) / 2 / 0.7
     assert run.oracle.queries == 200 and run.parts.get("ensemble") is None
     assert abs(run.counts.gradient_steps - expected) < 20  # three standard deviations

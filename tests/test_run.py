@@ -339,6 +339,12 @@ def test_the_default_folder_names_script_arm_and_seed():
     assert SCRIPTS["pilaf"].Config().output_dir == "runs/pilaf-pilaf-0"
 
 
+@pytest.mark.parametrize("device, size", [("cpu", 64), ("cuda", 8), ("cuda:1", 8)])
+def test_micro_batches_are_small_on_a_gpu_unless_somebody_says_otherwise(device, size):
+    assert sea.Config(device=device).micro_batch_size == size
+    assert sea.Config(device=device, micro_batch_size=3).micro_batch_size == 3
+
+
 def test_the_start_says_what_the_run_uses(flags, capsys):
     names = (flags["model"], flags["reward_model"], f"{flags['dataset']}/erm_backbone")
     numbers = ("40 to train on", "5 held out", "48 tokens", "at most 6", "20 heads", "12 labels")

@@ -207,7 +207,10 @@ def test_each_rule_for_a_duel_equals_brute_force(seed):
         assert tuple(sorted(uncertain[b].tolist())) == most_varied(rewards[:, b], pairs, False)
 
 
-@pytest.mark.parametrize("explore", ["bai", "ee", "uncertainty", "best_two", "passive", "apl"])
+ARMS = ("bai", "ee", "uncertainty", "best_two", "random", "passive", "apl")
+
+
+@pytest.mark.parametrize("explore", ARMS)
 @pytest.mark.parametrize("variance", ["sigmoid", "logit"])
 def test_each_arm_has_its_rule_and_a_synthetic_pair_is_a_heads_best_and_worst(explore, variance):
     (rewards, batch, is_distinct), rng = random_choice(4), stream()
@@ -220,11 +223,14 @@ def test_each_arm_has_its_rule_and_a_synthetic_pair_is_a_heads_best_and_worst(ex
     is_widest = torch.stack([(best == first) & (worst == second) for best, worst in widest]).any(0)
     uncertain = sea.most_uncertain_pair(rewards, is_distinct)
     sums = rewards.sum(0).masked_fill(~is_distinct, -99)  # (B, N)
+    next_distinct = [([n for n, is_new in enumerate(row) if is_new and n] or [1])[0]
+                     for row in is_distinct.tolist()]  # fmt: skip
     is_right = {
         "bai": is_best[0] & (second == sea.second_bai(rewards, first, is_distinct, variance)),
         "ee": is_best[0] & (is_best[1] | is_clash),
         "uncertainty": (first == uncertain[0]) & (second == uncertain[1]),
         "best_two": (sums.gather(1, torch.stack([first, second], 1)) == sums.topk(2)[0]).all(1),
+        "random": (first == 0) & (second == torch.tensor(next_distinct)),
         "passive": (first == 0) & (second == 1),
         "apl": is_widest,
     }

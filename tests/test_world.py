@@ -11,7 +11,7 @@ import common
 import harness
 import sea
 from notebooks.controls import marks
-from notebooks.simulator import POINTS, RULES, Posts, measure, prepare, simulate
+from notebooks.simulator import POINTS, RULES, Posts, measure, prepare, rewards_by_rule, simulate
 from tiny import make
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
@@ -116,6 +116,17 @@ def test_without_labels_neither_the_readers_marks_nor_brevity_tell_the_taste(pos
     assert accuracy <= 0.68 and share <= 0.50
     accuracy, share = measure(-posts.batch.response_mask.sum(-1).double(), posts.rewards)
     assert accuracy <= 0.60 and share <= 0.30
+
+
+def test_another_taste_is_the_gold_score_by_the_kinds_that_it_draws(posts):
+    batch = posts.batch.select(torch.arange(20))
+    of_this_world = rewards_by_rule(batch, 0)
+    columns = [batch.columns[name] for name in NAMES]
+    for b, kinds in enumerate(zip(*columns)):
+        own = [harness.gold_score(text, *kinds) for text in batch.responses[b]]
+        assert of_this_world[b].tolist() == pytest.approx(own)
+    gaps = rewards_by_rule(batch, 1) - of_this_world
+    assert make.draw_taste(1) != make.draw_taste(0) and gaps.abs().mean() > 0.5
 
 
 def test_untrained_heads_guess(posts):
