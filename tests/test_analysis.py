@@ -83,10 +83,11 @@ def test_labels_that_random_duels_need_over_a_rules_are_read_off_the_mean_curves
 # ---------------------------------------------------------------- verdicts
 
 
-def runs_of(ends, online=0.5) -> analysis.Runs:
+def runs_of(ends, objectives=None) -> analysis.Runs:
     """Eight seeds, whose gold and objective end with these values."""
-    rows = [[{"queries": 0}, {"queries": 9, "gold": x, "objective": x, "online_win_rate": online}]
-            for x in ends]  # fmt: skip
+    objectives = ends if objectives is None else objectives
+    rows = [[{"queries": 0}, {"queries": 9, "gold": gold, "objective": objective}]
+            for gold, objective in zip(ends, objectives)]  # fmt: skip
     return dict(enumerate(rows))
 
 
@@ -119,6 +120,13 @@ def test_three_words_for_a_gain_a_loss_and_neither_and_only_for_claims_that_ran_
     found = {row["claim"]: row["verdict"] for row in analysis.verdicts(arms)}
     assert found.pop(3).startswith("not resolved (detectable: 0.")
     assert found == {1: "supported", 2: "contradicted"}
+
+
+@pytest.mark.parametrize("gain", [0, -1])
+def test_a_gain_in_gold_alone_or_at_the_cost_of_the_objective_is_not_resolved(gain):
+    noise = np.random.default_rng(0).normal(size=8) * 0.1
+    arms = {"bai": runs_of(1 + noise, gain - noise), "passive": runs_of(noise)}
+    assert analysis.verdicts(arms)[0]["verdict"].startswith("not resolved")
 
 
 def test_four_of_five_experiments_find_the_detectable_difference():

@@ -89,14 +89,16 @@ def test_repeated_pairs_take_seas_number_of_steps_on_passives_labels(flags, monk
     assert num_old == run.counts.gradient_steps - run.round > 20
     expected = 20 / 2 + (200 - 20) / 2 / 0.7
     assert run.oracle.queries == 200 and run.parts.get("ensemble") is None
-    assert abs(run.counts.gradient_steps - expected) < 20  # three standard deviations
+    assert (
+        abs(run.counts.gradient_steps - expected) < 10
+    )  # two standard deviations; the seed is fixed
 
 
 def test_my_rule_takes_two_of_the_mean_heads_best_four_and_leaves_synthetic_pairs_alone():
     config, rng = sea.Config(), torch.Generator()
-    rewards = torch.randn(3, 6, 9, generator=rng.manual_seed(0))
-    batch = make_batch([3] * 6, [[2] * 9] * 6)
-    is_synthetic = torch.tensor([True, False] * 3)
+    rewards = torch.randn(3, 60, 9, generator=rng.manual_seed(0))
+    batch = make_batch([3] * 60, [[2] * 9] * 60)
+    is_synthetic = torch.tensor([True, False] * 30)
     found = my_rule.choose_duels(config, batch, rewards, is_synthetic, rng.manual_seed(1))
     own = sea.choose_duels(config, batch, rewards, is_synthetic, rng.manual_seed(1))
     best = rewards.mean(0).topk(4).indices
