@@ -72,7 +72,7 @@ def test_a_run_is_done_once_from_its_start_and_its_rows_are_collected(monkeypatc
 
 
 def test_repeated_pairs_take_seas_number_of_steps_on_passives_labels(flags, monkeypatch):
-    flags |= dict(num_queries=200, batch_size=2, burn_in=20, eval_every=1000)
+    flags |= dict(num_queries=400, batch_size=2, burn_in=20, eval_every=1000)
     steps, real = [], common.train_step  # the pairs of each, by what they hold
 
     def spy(policy, optimizer, pairs, *how):
@@ -87,10 +87,10 @@ def test_repeated_pairs_take_seas_number_of_steps_on_passives_labels(flags, monk
         num_old += is_old and now != before
         of_rounds |= now
     assert num_old == run.counts.gradient_steps - run.round > 20
-    expected = 20 / 2 + (200 - 20) / 2 / 0.7
-    assert run.oracle.queries == 200 and run.parts.get("ensemble") is None
+    expected = 20 / 2 + (400 - 20) / 2 / 0.7
+    assert run.oracle.queries == 400 and run.parts.get("ensemble") is None
     assert (
-        abs(run.counts.gradient_steps - expected) < 10
+        abs(run.counts.gradient_steps - expected) < 14  # two standard deviations; the seed is fixed
     )  # two standard deviations; the seed is fixed
 
 
