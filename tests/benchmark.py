@@ -154,15 +154,20 @@ def against_clone(args: argparse.Namespace) -> None:
         )
 
 
-def trl_seconds_a_round(args: argparse.Namespace, num_rounds: int) -> float:
+# What TRL does without being told, and what we tell it: no part of the work is done twice.
+TUNED = {"gradient_checkpointing": False, "logging_strategy": "no", "dataloader_pin_memory": False}
+
+
+def trl_seconds_a_round(flags: dict, tuned: dict, num_rounds: int) -> float:
     """A training step of TRL's OnlineDPOTrainer on the same policy, oracle, batch and lengths."""
     from datasets import Dataset
     from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-    config = sea.Config(explore="passive", device=args.device)
+    config = sea.Config(explore="passive", **flags)
     policy, ref_model, tokenizer = harness.load_policies(config)
     oracle, times = harness.RewardModelOracle(config), []
     prompts, _ = harness.load_prompts(config, tokenizer)
+    is_cpu = config.device == "cpu"
 
     def reward(prompts: list[str], completions: list[str], **_: object) -> list[float]:
         return oracle.score(prompts, [[text.strip()] for text in completions])[:, 0].tolist()
@@ -176,9 +181,8 @@ def trl_seconds_a_round(args: argparse.Namespace, num_rounds: int) -> float:
             output_dir=folder, max_steps=num_rounds + 3, learning_rate=config.learning_rate,
             per_device_train_batch_size=config.batch_size, max_new_tokens=config.max_new_tokens,
             max_length=config.max_prompt_length + config.max_new_tokens, beta=config.beta,
-            temperature=1.0, top_k=0, top_p=1.0, use_vllm=False, bf16=args.device != "cpu",
-            use_cpu=args.device == "cpu", save_strategy="no", report_to=[], disable_tqdm=True,
-            logging_strategy="no", gradient_checkpointing=False, dataloader_pin_memory=False,
+            temperature=1.0, bf16=not is_cpu, use_cpu=is_cpu, save_strategy="no", report_to=[],
+            disable_tqdm=True, **tuned,
         )  # fmt: skip
         columns = {"prompt": prompts.columns["prompt"][:1000]}
         OnlineDPOTrainer(
@@ -189,31 +193,35 @@ def trl_seconds_a_round(args: argparse.Namespace, num_rounds: int) -> float:
     return (times[-1] - times[2]) / (len(times) - 3)
 
 
+def gflop_a_round(train: Callable[[int], object]) -> float:
+    """Matrix products of a round; loading and evaluation cancel."""
+    totals = []
+    for num_rounds in (4, 12):
+        with FlopCounterMode(display=False) as counter:
+            train(num_rounds)
+        totals.append(counter.get_total_flops() / 1e9)
+    return (totals[1] - totals[0]) / 8
+
+
 def against_trl(args: argparse.Namespace) -> None:
     try:
         import trl  # noqa: F401
     except ImportError:
-        print("| passive online DPO, 16 labels | not measured: no TRL here | | | | |")
+        print("| passive online DPO | not measured: no TRL here | | | | |")
         return
-    ours, other = compare(
-        args.repeats,
-        lambda: seconds_a_round(sea, explore="passive", device=args.device),
-        lambda: trl_seconds_a_round(args, 20),
-    )
-    row("passive online DPO: 16 labels", ours, other, "TRL OnlineDPOTrainer", ">= 5")
-    counts = []
-    for train in (
-        lambda n: train_quietly(sea, explore="passive", device=args.device, num_queries=16 * n),
-        lambda n: trl_seconds_a_round(args, n - 3),  # it does three more
-    ):
-        totals = []
-        for num_rounds in (4, 12):
-            with FlopCounterMode(display=False) as counter:
-                train(num_rounds)
-            totals.append(counter.get_total_flops() / 1e9)
-        counts.append((totals[1] - totals[0]) / 8)  # loading and evaluation cancel
-    words = f"{counts[0]:.1f} GFLOP | TRL OnlineDPOTrainer | {counts[1]:.1f} GFLOP"
-    print(f"| the same: matrix products | {words} | {counts[1] / counts[0]:.2f} | |")
+    for batch_size in (16, 32):
+        flags = {"device": args.device, "batch_size": batch_size}
+        ours = partial(seconds_a_round, sea, 20 * batch_size, explore="passive", **flags)
+        peers = [partial(trl_seconds_a_round, flags, tuned) for tuned in (TUNED, {})]
+        seconds = compare(args.repeats, ours, *(partial(peer, 20) for peer in peers))
+        run = partial(train_quietly, sea, explore="passive", **flags)
+        count = gflop_a_round(lambda n, run=run, size=batch_size: run(num_queries=n * size))
+        for how, peer, other in zip(("tuned", "its defaults"), peers, seconds[1:]):
+            name = f"passive online DPO: {batch_size} labels"
+            row(name, seconds[0], other, f"TRL OnlineDPOTrainer, {how}")
+            theirs = gflop_a_round(lambda n, peer=peer: peer(n - 3))  # it does three more
+            words = f"{count:.1f} GFLOP | {how} | {theirs:.1f} GFLOP | {theirs / count:.2f}"
+            print(f"| the same: matrix products | {words} | |", flush=True)
 
 
 # ------------------------------------------------------------------ generation, log-probabilities
