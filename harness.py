@@ -477,6 +477,7 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     ways = f"--overwrite it, continue it with --resume {folder}, or name another --output_dir"
     require(is_meant or not (folder / "config.json").exists(), f"{folder} holds a run: {ways}")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else 1 GB of CPU kernels
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, thus each token
     policy, ref_model, tokenizer = load_policies(config)
     prompts, held_out = load_prompts(config, tokenizer)
     judge = config.reward_model if oracle is None else type(oracle).__name__
