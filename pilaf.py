@@ -12,8 +12,8 @@ one of the policy pulled towards it. Algorithm 1 of the paper, each round:
   4. ask the oracle which is better
   5. train the policy, one step of DPO
 
---sampler has the paper's baselines. Cost of a pair in decoder streams (forward passes a token),
-teacher-forced scoring passes (not in the paper's table) and responses that the oracle reads:
+--sampler has the paper's baselines. A pair costs decoder streams (forward passes a token), scoring
+passes (not in the paper's table) and responses that the oracle reads:
 
   pilaf             as above                                                    3, 0, 2 on average
   vanilla           two samples of the policy                                   2, 0, 2
@@ -22,8 +22,8 @@ teacher-forced scoring passes (not in the paper's table) and responses that the 
   hybrid            one sample of the policy, one of the reference              2, 0, 2
 
 The coin's 1/2 and the token-wise products are approximations. --importance_weights makes the
-gradient that of exact T-PILAF by a weight on each pair's loss; a large beta or KL makes the weights
-uneven (see effective_sample_size). The theory needs --labels bernoulli.
+gradient that of exact T-PILAF; a large beta or KL makes the weights uneven (see
+effective_sample_size). The theory needs --labels bernoulli.
 
 While policy = reference, pilaf *is* vanilla, so compare samplers from a start that has moved (with
 another seed, to see other prompts) and the reference where it was:
@@ -156,7 +156,9 @@ def sample(
         c = coefficients(len(prompts), config.sampler_beta, generator(config.seed, "coins", number))
         counts.decoder_streams += int((c != 0).sum())  # the reference's, beside the policy's
         batch = interpolated_pairs(config, task, prompts, c, rng)
-        counts.add_weights(torch.tensor(batch.columns["weight"], dtype=torch.float64))
+        weights = torch.tensor(batch.columns["weight"], dtype=torch.float64)
+        counts.weight_sum += weights.sum().item()
+        counts.weight_square_sum += weights.square().sum().item()
         return batch
     if config.sampler == "hybrid":
         options = (task.tokenizer, prompts, 1, rng, config)
@@ -219,14 +221,8 @@ def label(
 class Counts(harness.Counts):
     labelled_pairs: int = 0
     responses_read: int = 0  # by the oracle, for labels
-    num_weights: int = 0  # pairs that were sampled, and of their `pair_weights`:
-    weight_sum: float = 0.0
+    weight_sum: float = 0.0  # of the `pair_weights` of all pairs that were sampled
     weight_square_sum: float = 0.0
-
-    def add_weights(self, weights: Tensor) -> None:
-        self.num_weights += len(weights)
-        self.weight_sum += weights.sum().item()
-        self.weight_square_sum += weights.square().sum().item()
 
     def metrics(self, config: Config) -> dict[str, float]:
         """Costs of a pair so far: decoder streams, and responses that the oracle read; with weights
@@ -238,7 +234,7 @@ class Counts(harness.Counts):
         metrics = {"sampling_cost": streams, "annotation_cost": annotation}
         if config.importance_weights:
             num_equal = self.weight_sum**2 / self.weight_square_sum
-            metrics["effective_sample_size"] = num_equal / self.num_weights
+            metrics["effective_sample_size"] = num_equal / (self.candidates / 2)
         return metrics
 
 
@@ -251,7 +247,7 @@ def pair_loss(
     if not config.importance_weights:
         return losses
     weights = torch.tensor(part.columns["weight"], device=losses.device)
-    return losses * weights * counts.num_weights / counts.weight_sum
+    return losses * weights / (counts.weight_sum / (counts.candidates / 2))
 
 
 def plan(config: Config) -> tuple[int, int, int | None]:

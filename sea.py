@@ -219,19 +219,16 @@ def second_bai(rewards: Tensor, first: Tensor, is_distinct: Tensor, variance: st
 
 def second_ee(
     rewards: Tensor, first: Tensor, heads: Tensor, redraws: Tensor, is_distinct: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Step 4, explore and exploit: the best candidate of the first redrawn head (tries, B) that
-    disagrees with `first`; after the last try the second best of the head that chose `first`.
-
-    Returns candidate numbers and whether that fallback was needed (a clash), each (B,).
+    disagrees with `first`; after the last try the second best of the head that chose `first`, (B,).
     """
     best = rewards.masked_fill(~is_distinct, -math.inf).argmax(-1)  # (E, B)
     tries = best.gather(0, redraws)  # (tries, B)
     differs = tries != first
     second = tries.gather(0, differs.int().argmax(0, keepdim=True))[0]  # (B,)
-    is_clash = ~differs.any(0)
     others = is_distinct.scatter(1, first[:, None], False)
-    return torch.where(is_clash, thompson_first(rewards, heads, others), second), is_clash
+    return torch.where(differs.any(0), second, thompson_first(rewards, heads, others))
 
 
 def most_uncertain_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
@@ -245,20 +242,20 @@ def most_uncertain_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, T
 
 def choose_duels(
     config: Config, batch: Batch, rewards: Tensor | None, is_synthetic: Tensor, rng: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Steps 3 to 5: two candidate numbers a prompt and whether the draw clashed, each (B,).
+) -> tuple[Tensor, Tensor]:
+    """Steps 3 to 5: two candidate numbers a prompt, each (B,).
 
     `rewards` (E, B, N) are the ensemble's, or APL's implicit ones with E = 1; passive exploration
     takes the first two candidates. A synthetic pair is a random head's best and worst.
     """
-    rows, is_clash = torch.arange(len(batch)), torch.zeros(len(batch), dtype=torch.bool)
+    rows = torch.arange(len(batch))
     if config.explore == "passive":
-        return torch.zeros_like(rows), torch.ones_like(rows), is_clash
+        return torch.zeros_like(rows), torch.ones_like(rows)
     is_distinct = common.distinct(batch.responses)
     heads = torch.randint(len(rewards), (len(batch),), generator=rng)  # one per prompt
     best, worst = common.widest_pair(rewards[heads, rows], is_distinct)
     if config.explore == "apl":
-        return best, worst, is_clash
+        return best, worst
     if config.explore == "uncertainty":
         first, second = most_uncertain_pair(rewards, is_distinct)
     elif config.explore == "best_two":  # of the mean head, as if it were certain: a control
@@ -272,9 +269,8 @@ def choose_duels(
         second = second_bai(rewards, first, is_distinct, config.bai_variance)
     if config.explore == "ee":
         redraws = torch.randint(len(rewards), (len(rewards), len(batch)), generator=rng)
-        second, is_clash = second_ee(rewards, first, heads, redraws, is_distinct)
-    first, second = torch.where(is_synthetic, best, first), torch.where(is_synthetic, worst, second)
-    return first, second, is_clash & ~is_synthetic
+        second = second_ee(rewards, first, heads, redraws, is_distinct)
+    return torch.where(is_synthetic, best, first), torch.where(is_synthetic, worst, second)
 
 
 def keep_uncertain(
@@ -378,7 +374,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
             rewards = rewards if config.explore == "apl" else head_rewards
         is_open = torch.tensor(oracle.queries >= config.burn_in)
         is_synthetic = is_open & (torch.rand(len(batch), generator=rng) >= config.gamma)
-        first, second, is_clash = choose_duels(config, batch, rewards, is_synthetic, rng)
+        first, second = choose_duels(config, batch, rewards, is_synthetic, rng)
         # 5. Ask the oracle, where the texts differ and the budget allows.
         picks = torch.stack([first, second], dim=1)  # (B, 2)
         duels = batch.select(torch.arange(len(batch)), picks)
@@ -386,7 +382,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         asked = (is_pair & ~is_synthetic).nonzero()[: config.num_queries - oracle.queries, 0]
         order, online = harness.label(oracle, duels.select(asked))
         winners = picks[asked].gather(1, order)  # (n, 2): chosen and rejected candidates
-        run.record(online | {"clashes": is_clash.double().mean().item()})
+        run.record(online)
         # 6. Train the heads on D, to which the labelled duels are added, and no others.
         if ensemble:
             run.record(head_metrics(head_rewards, asked, winners))

@@ -34,8 +34,8 @@ def my_rule(batch: common.Batch, rewards: torch.Tensor, rng: torch.Generator) ->
 def choose_duels(config, batch, rewards, is_synthetic, rng, as_sea_does=sea.choose_duels) -> tuple:
     """SEA's, but for the pairs that the oracle is asked about."""
     own = torch.stack(my_rule(batch, rewards, rng))  # (2, B)
-    theirs = torch.stack(as_sea_does(config, batch, rewards, is_synthetic, rng)[:2])
-    return *torch.where(is_synthetic, theirs, own), torch.zeros_like(is_synthetic)
+    theirs = torch.stack(as_sea_does(config, batch, rewards, is_synthetic, rng))
+    return tuple(torch.where(is_synthetic, theirs, own))
 
 
 if __name__ == "__main__" and sys.argv[1:2] == ["simulate"]:

@@ -41,7 +41,7 @@ def duels_of_sea(name: str, batch: common.Batch, rewards: torch.Tensor, rng: obj
     `batch.responses`, a list of N texts a post, and at the heads' `rewards` (E, B, N), and draw
     from `rng`."""
     is_synthetic = torch.zeros(len(batch), dtype=torch.bool)
-    return sea.choose_duels(sea.Config(explore=name), batch, rewards, is_synthetic, rng)[:2]
+    return sea.choose_duels(sea.Config(explore=name), batch, rewards, is_synthetic, rng)
 
 
 OF_SEA = ("random", "bai", "ee", "uncertainty", "best_two")

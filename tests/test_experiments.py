@@ -89,9 +89,8 @@ def test_repeated_pairs_take_seas_number_of_steps_on_passives_labels(flags, monk
     assert num_old == run.counts.gradient_steps - run.round > 20
     expected = 20 / 2 + (400 - 20) / 2 / 0.7
     assert run.oracle.queries == 400 and run.parts.get("ensemble") is None
-    assert (
-        abs(run.counts.gradient_steps - expected) < 14  # two standard deviations; the seed is fixed
-    )  # two standard deviations; the seed is fixed
+    # Two standard deviations; the seed is fixed.
+    assert abs(run.counts.gradient_steps - expected) < 14
 
 
 def test_my_rule_takes_two_of_the_mean_heads_best_four_and_leaves_synthetic_pairs_alone():
