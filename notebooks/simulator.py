@@ -1,14 +1,12 @@
-"""SEA's choice of duels without a policy, in seconds: try a rule of your own here first.
+"""SEA's choice of duels without a policy, in seconds: try a rule of your own (my_rule.py) here first.
 
     python notebooks/simulator.py --rules random bai ee uncertainty best_two --seeds 10
 
-Posts stay fixed, each with 20 candidates of the SFT policy, whose features and rewards are computed
-once and kept in runs/simulator.pt (delete it when a model changes). A run trains the heads of
-sea.py on the duels that a rule picks, a batch of posts a round, with noisy labels. Its mean head is
-measured on other posts, without noise: `accuracy` is the share of pairs of candidates that it
-orders as the oracle does; `share` is the reward of its best of 20 minus the mean candidate's,
-divided by what the best candidate gains (means over posts).
-notebooks/my_rule.py is the place for a rule of your own.
+Posts stay fixed, each with 20 SFT candidates; features and rewards are computed once and kept in
+runs/simulator.pt (delete it when a model changes). A run trains the heads of sea.py on a rule's
+duels, a batch of posts a round, with noisy labels. Its mean head is measured on other posts:
+`accuracy`, share of pairs of candidates that it orders as the oracle does; `share`, reward of its
+best of 20 minus the mean candidate's, over what the best candidate gains (means over posts).
 Shapes: B posts, N candidates a post, E heads, D features.
 """
 
@@ -28,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import harness  # noqa: E402
 import sea  # noqa: E402
-from harness import gold_score  # noqa: E402
 from notebooks import analysis, drawing  # noqa: E402
 from tiny import make  # noqa: E402
 
@@ -37,15 +34,14 @@ POINTS = (0, 32, 64, 128, 256, 384, 512, 768, 1024)  # numbers of labels at whic
 
 
 def duels_of_sea(name: str, batch: common.Batch, rewards: torch.Tensor, rng: object) -> tuple:
-    """Two candidate numbers a post, (B,) and (B,), by a rule of sea.py. A rule may look at
-    `batch.responses`, a list of N texts a post, and at the heads' `rewards` (E, B, N), and draw
-    from `rng`."""
+    """Two candidate numbers a post, (B,) and (B,), by a rule of sea.py: from the heads' `rewards`
+    (E, B, N), and from `batch.responses`, a list of N texts a post."""
     is_synthetic = torch.zeros(len(batch), dtype=torch.bool)
     return sea.choose_duels(sea.Config(explore=name), batch, rewards, is_synthetic, rng)
 
 
-OF_SEA = ("random", "bai", "ee", "uncertainty", "best_two")
-RULES = {name: partial(duels_of_sea, name) for name in OF_SEA}
+NAMES = ("random", "bai", "ee", "uncertainty", "best_two")
+RULES = {name: partial(duels_of_sea, name) for name in NAMES}
 
 
 def prepare(is_test: bool, num: int, config: sea.Config) -> Posts:
@@ -61,11 +57,11 @@ def prepare(is_test: bool, num: int, config: sea.Config) -> Posts:
 
 def rewards_by_rule(batch: common.Batch, taste: int) -> torch.Tensor:
     """Gold scores (B, N) for annotators who want the kinds of fact that the seed `taste` draws."""
-    wants = make.draw_taste(taste)  # the posts stay those of seed 0
-    rows = {row["prompt"]: row for row in make.write_rows(11_000, 0, wants)}
-    kinds = ("wanted", "wrong", "clutter")
-    known = [[rows[prompt][kind] for kind in kinds] for prompt in batch.columns["prompt"]]
-    scores = [[gold_score(y, *own) for y in row] for row, own in zip(batch.responses, known)]
+    table = make.write_rows(11_000, 0, make.draw_taste(taste))  # the posts stay those of seed 0
+    rows, scores = {row["prompt"]: row for row in table}, []
+    for prompt, texts in zip(batch.columns["prompt"], batch.responses):
+        facts = [rows[prompt][kind] for kind in ("wanted", "wrong", "clutter")]
+        scores.append([harness.gold_score(text, *facts) for text in texts])
     return torch.tensor(scores)
 
 
@@ -115,16 +111,15 @@ def main(words: list[str] | None = None) -> None:
     print(" " * 22 + "".join(f"{num:<14}" for num in POINTS))
     found = {}  # rule -> accuracy and share, (S, points, 2)
     for name in flags.rules:
-        runs = [simulate(RULES[name], seed, *posts) for seed in range(flags.seeds)]
-        found[name] = np.array(runs)
+        found[name] = np.array([simulate(RULES[name], n, *posts) for n in range(flags.seeds)])
         for metric, values in zip(("accuracy", "share"), found[name].T):  # (points, S)
             errors = 2 * values.std(1, ddof=1) / flags.seeds**0.5
             cells = [f"{mean:.3f} ±{e:.3f} " for mean, e in zip(values.mean(1), errors)]
             print(f"{name:12}{metric:9}", *cells)
-    for name in found if "random" in found else ():
-        shares = found["random"][..., 1], found[name][..., 1]
-        ratio, low, high = analysis.label_ratio(*shares, POINTS)
-        print(f"{name:12}random's labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
+        if "random" in found:
+            shares = found["random"][..., 1], found[name][..., 1]
+            ratio, low, high = analysis.label_ratio(*shares, POINTS)
+            print(f"{name:12}random's labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
     drawing.simulated(POINTS, found, path.with_suffix(".png"))
 
 
