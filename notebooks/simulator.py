@@ -1,4 +1,4 @@
-"""SEA's choice of duels without a policy, in seconds: try a rule of your own (my_rule.py) here first.
+"""SEA's choice of duels without a policy, in seconds: try your own rule (my_rule.py) here first.
 
     python notebooks/simulator.py --rules random bai ee uncertainty best_two --seeds 10
 
