@@ -71,21 +71,23 @@ class Config(harness.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         is_pilaf, is_best_of = self.sampler == "pilaf", self.sampler.startswith("best_of_n")
-        why = f"contradicts --sampler {self.sampler}"
+        wrong = f" contradicts --sampler {self.sampler}"
         if self.num_candidates is None:
             self.num_candidates = 8 if is_best_of else 2
         if self.sampler_beta is None and is_pilaf:
             self.sampler_beta = self.beta
-        is_right = self.num_candidates == 2 or (is_best_of and self.num_candidates > 2)
-        require(is_right, f"--num_candidates {self.num_candidates} is below 2, or {why}")
-        require(is_pilaf or self.sampler_beta is None, f"--sampler_beta {why}")
-        require(is_pilaf or not self.importance_weights, f"--importance_weights {why}")
-        require(not is_pilaf or self.sampler_beta <= 1, "--sampler_beta, or --beta, is above 1")
-        is_exact = self.temperature == 1 and self.sampler_beta == self.beta
-        wrong = "--importance_weights needs --temperature 1 and no --sampler_beta but --beta's"
-        require(is_exact or not self.importance_weights, wrong)
-        wrong = "--num_epochs needs --num_iterations: online pairs are used once"
-        require(self.num_iterations or self.num_epochs == 1, wrong)
+        require(self.num_candidates >= 2, "--num_candidates must be 2 or more")
+        require(self.num_candidates == 2 or is_best_of, "--num_candidates" + wrong)
+        if is_pilaf:
+            require(self.sampler_beta <= 1, "--sampler_beta, or --beta, is above 1")
+        else:
+            require(self.sampler_beta is None, "--sampler_beta" + wrong)
+            require(not self.importance_weights, "--importance_weights" + wrong)
+        if self.importance_weights:
+            is_exact = self.temperature == 1 and self.sampler_beta == self.beta
+            require(is_exact, "--importance_weights needs --temperature 1 and --beta's sampler")
+        if self.num_epochs > 1:
+            require(self.num_iterations, "--num_epochs needs --num_iterations")
 
 
 # ---------------------------------------------------------------- the interpolation

@@ -77,21 +77,24 @@ class Config(harness.Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         is_baseline = self.explore in ("passive", "apl")
-        why = f"contradicts --explore {self.explore}"
         has_heads = not is_baseline or self.best_of_n > 0
+        wrong = f" contradicts --explore {self.explore}"
         if self.num_candidates is None:
             self.num_candidates = {"passive": 2, "apl": 8}.get(self.explore, 20)
         if self.num_heads is None:
             self.num_heads = 20 if has_heads else 0
         if self.gamma is None:
             self.gamma = 1.0 if is_baseline else 0.7
-        is_right = self.gamma == 1 or (self.gamma < 1 and not is_baseline)
-        require(is_right, f"--gamma {self.gamma} is above 1, or {why}")
-        is_right = self.num_candidates == 2 or self.num_candidates > 2 and self.explore != "passive"
-        require(is_right, f"--num_candidates {self.num_candidates} is below 2, or {why}")
-        is_right = self.num_heads >= 2 if has_heads else self.num_heads == 0
-        require(is_right, f"--num_heads {self.num_heads} {why}: 2 at least, or 0 without any use")
-        require(self.explore != "apl" or self.loss == "dpo", "--explore apl needs --loss dpo")
+        require(self.gamma <= 1, "--gamma is a share, at most 1")
+        require(self.num_candidates >= 2, "--num_candidates must be 2 or more")
+        require(self.num_heads >= 2 or not has_heads, "--num_heads must be 2 or more")
+        if is_baseline:
+            require(self.gamma == 1, "--gamma" + wrong)
+            require(self.num_heads == 0 or has_heads, "--num_heads" + wrong + ": it has no use")
+        if self.explore == "passive":
+            require(self.num_candidates == 2, "--num_candidates" + wrong)
+        if self.explore == "apl":
+            require(self.loss == "dpo", "--loss" + wrong)
 
 
 # ---------------------------------------------------------------- the epistemic reward model

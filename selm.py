@@ -74,14 +74,14 @@ class Config(harness.Config):
         if self.learning_rate_factors is None:
             last = max(1, self.num_iterations - 1)
             self.learning_rate_factors = [1 - 0.8 * t / last for t in range(self.num_iterations)]
-        is_right = self.bonus != "none" or self.alpha == 0
-        require(is_right, f"--alpha {self.alpha} contradicts --bonus none")
-        is_right = len(self.learning_rate_factors) == self.num_iterations
-        is_right &= all(0 < factor < math.inf for factor in self.learning_rate_factors)
+        if self.bonus == "none":
+            require(self.alpha == 0, "--alpha contradicts --bonus none")
+        if self.bonus == "xpo":
+            is_left_out = self.ranker_candidates is None
+            require(is_left_out, "--ranker_candidates contradicts --bonus xpo, which ranks nothing")
         wrong = f"--learning_rate_factors: {self.num_iterations} numbers above 0 are needed"
-        require(is_right, wrong)
-        is_right = self.bonus != "xpo" or self.ranker_candidates is None
-        require(is_right, "--ranker_candidates contradicts --bonus xpo, which ranks nothing")
+        require(len(self.learning_rate_factors) == self.num_iterations, wrong)
+        require(all(0 < factor < math.inf for factor in self.learning_rate_factors), wrong)
 
 
 # ---------------------------------------------------------------- the loss

@@ -433,7 +433,7 @@ def test_a_loss_is_dpos_times_its_weight_over_the_mean_of_all_so_far(flags, tmp_
     [
         ("--beta 1.5", "--beta"), ("--sampler_beta 2", "--sampler_beta"),
         ("--sampler vanilla --sampler_beta .2", "--sampler_beta contradicts --sampler vanilla"),
-        ("--sampler best_of_n --num_candidates 1", "--num_candidates 1"),
+        ("--sampler best_of_n --num_candidates 1", "--num_candidates must"),
         ("--sampler vanilla --num_candidates 8", "contradicts"), ("--num_candidates 3", "contra"),
         ("--sampler hybrid --importance_weights", "--importance_weights contradicts"),
         ("--importance_weights --temperature .7", "--importance_weights needs --temperature 1"),
