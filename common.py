@@ -217,8 +217,7 @@ def attention_mask(
     mine, here = owner[:, start:, None], position[:, start:, None]  # of the queries, (B, Q, 1)
     is_visible = ((whose == PROMPT) | (whose == mine)) & (where <= here)  # (B, Q, S)
     # -inf could make NaN of a sum, and float32's lowest number would be -inf in bfloat16.
-    hidden = torch.tensor(torch.finfo(torch.bfloat16).min, dtype=dtype, device=owner.device)
-    return torch.where(is_visible, torch.zeros_like(hidden), hidden)[:, None]
+    return torch.where(is_visible, 0.0, -1e30).to(dtype)[:, None]
 
 
 def packed_row(

@@ -363,9 +363,8 @@ class RewardModelOracle(Oracle):
         pairs = [(x, y.strip()) for x, row in zip(prompts, responses) for y in row]
         texts, is_chat = [f"{x} {y}".rstrip() for x, y in pairs], bool(self.tokenizer.chat_template)
         if is_chat:
-            roles = ("user", "assistant")
-            chats = [[{"role": role, "content": text} for role, text in zip(roles, pair)]
-                     for pair in pairs]  # fmt: skip
+            chats = [[{"role": "user", "content": x}, {"role": "assistant", "content": y}]
+                     for x, y in pairs]  # fmt: skip
             texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
         ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
         context = getattr(self.model.config, "max_position_embeddings", math.inf)
@@ -444,26 +443,24 @@ def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str,
     logps, ref_logps = (frozen_logps(m, batch, config) for m in (policy, task.ref_model))  # (B, 1)
     kl, columns = (logps - ref_logps).double().mean().item(), batch.columns
     metrics = {"compared_with": columns["compared_with"][0]}
-    texts = zip(columns["prompt"], columns["reference"], batch.responses)
-    samples = [{"prompt": x, "reference": z, "response": y[0]} for x, z, y in texts]
+    kept = {name: columns[name] for name in ("prompt", "reference")}
+    kept["response"] = [y for (y,) in batch.responses]
     rewards = task.oracle.score(columns["prompt"], batch.responses)  # (B, 1)
     if rewards is not None:
         metrics |= win_metrics(rewards[:, 0], torch.tensor(columns["reference_reward"]))
         metrics["reward"] = rewards.double().mean().item()
         metrics["objective"] = metrics["reward"] - config.beta * kl
-        for sample, reward in zip(samples, rewards[:, 0].tolist()):
-            sample["reward"] = reward
+        kept["reward"] = rewards[:, 0].tolist()
     if "wanted" in columns:
-        facts = zip(columns["wanted"], columns["wrong"], columns["clutter"])
-        for sample, own in zip(samples, facts):
-            sample["gold"] = gold_score(sample["response"], *own)
-        metrics["gold"] = sum(sample["gold"] for sample in samples) / len(samples)
+        facts = (columns[name] for name in ("wanted", "wrong", "clutter"))
+        kept["gold"] = list(map(gold_score, kept["response"], *facts))
+        metrics["gold"] = sum(kept["gold"]) / len(batch)
     is_whole = torch.isin(batch.response_ids[..., -1], common.eos_ids(policy, tokenizer).cpu())
     is_cut = batch.response_mask[..., -1].bool() & ~is_whole  # (B, 1)
     metrics["kl"] = kl
     metrics["length"] = batch.response_mask.sum(-1).double().mean().item()
     metrics["truncated"] = is_cut.double().mean().item()
-    return metrics, samples
+    return metrics, [dict(zip(kept, values)) for values in zip(*kept.values())]
 
 
 # ---------------------------------------------------------------- a run and its folder
@@ -524,8 +521,7 @@ class Run:
     def __init__(self, config: Config, oracle: Oracle, parts: dict, counts: Counts) -> None:
         self.config, self.oracle, self.parts, self.counts = config, oracle, parts, counts
         self.folder = Path(config.output_dir).expanduser()
-        self.round = self.idle_rounds = 0
-        self.evaluated, self.seen = None, {}  # (labels, round) of the last row; values since then
+        self.round, self.seen = 0, {}  # what was recorded since the last row of metrics
         self.rows = {"metrics": [], "preferences": [], "samples": []}
         if config.overwrite and is_first() and (self.folder / "config.json").exists():
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -539,7 +535,7 @@ class Run:
         about = {"flags": asdict(config), "versions": versions, "git_commit": commit}
         rewrite(self.folder / "config.json", json.dumps(about, indent=1))
         self.bar = tqdm(total=config.num_queries, unit="label", disable=not is_first())
-        self.labelled = self.bar.n = oracle.queries
+        self.bar.n = oracle.queries
 
     def load(self) -> None:
         """Go back to the checkpoint, if there is one."""
@@ -559,8 +555,7 @@ class Run:
             for name, rows in self.rows.items():
                 rewrite(self.folder / f"{name}.jsonl", to_lines(rows))
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            names = ("round", "evaluated", "seen", "rows")
-            state["run"] = {name: vars(self)[name] for name in names}
+            state["run"] = {name: vars(self)[name] for name in ("round", "seen", "rows")}
             state["counts"] = vars(self.counts)
             state["labels"] = (self.oracle.queries, self.oracle.num_answers)
             torch.save(state, self.folder / "checkpoint.tmp")
@@ -568,27 +563,28 @@ class Run:
 
     def evaluation_is_due(self, is_forced: bool) -> bool:
         """At the start, every --eval_every labels, and where it is forced; once a round."""
-        labels, number = self.evaluated or (0, -1)
-        every = self.config.eval_every
-        is_step = self.oracle.queries // every > labels // every
-        return number < self.round and (is_forced or is_step or number == -1)
+        if not self.rows["metrics"]:
+            return True
+        last, every = self.rows["metrics"][-1], self.config.eval_every
+        is_step = self.oracle.queries // every > last["queries"] // every
+        return last["round"] < self.round and (is_forced or is_step)
 
     def record(self, values: dict[str, float]) -> None:
         """Keep a round's values; the next row of metrics shows their means over rounds."""
         for name, value in values.items():
             self.seen.setdefault(name, []).append(value)
 
-    def keep(self, labelled: Batch, synthetic: Batch | None = None) -> None:
-        """Pairs, chosen first, are rows of preferences.jsonl, with their source."""
-        for pairs, source in ((labelled, "oracle"), (synthetic, "model")):
-            for x, y in zip(pairs.columns["prompt"], pairs.responses) if pairs else []:
-                row = {"round": self.round, "prompt": x, "chosen": y[0], "rejected": y[1]}
-                self.rows["preferences"].append(row | {"source": source})
-        self.counts.synthetic_pairs += len(synthetic or [])
+    def keep(self, pairs: Batch, num_synthetic: int = 0) -> None:
+        """Pairs, chosen first, are rows of preferences.jsonl; the synthetic ones come last."""
+        sources = ["oracle"] * (len(pairs) - num_synthetic) + ["model"] * num_synthetic
+        for x, y, source in zip(pairs.columns["prompt"], pairs.responses, sources):
+            row = {"round": self.round, "prompt": x, "chosen": y[0], "rejected": y[1]}
+            self.rows["preferences"].append(row | {"source": source})
+        self.counts.synthetic_pairs += num_synthetic
 
     def log(self, metrics: dict, samples: list[dict], own: dict[str, float]) -> None:
         """Write and print a row of metrics, with the means of what was recorded; save."""
-        queries, is_new = {"queries": self.oracle.queries}, self.evaluated is None
+        queries = {"queries": self.oracle.queries}
         means = {name: sum(values) / len(values) for name, values in sorted(self.seen.items())}
         row = queries | {"round": self.round} | vars(self.counts) | metrics | own | means
         self.rows["metrics"].append(row)
@@ -596,22 +592,22 @@ class Run:
         cells = [f"{name} {row[name]:.3f}" for name in self.config.shown if name in row]
         tqdm.write("  ".join([f"labels {self.oracle.queries}", *cells]))
         for sample in samples[:2]:
-            if is_new:
+            if len(self.rows["metrics"]) == 1:
                 tqdm.write(f"{sample['prompt']}\n  reference: {sample['reference']}")
             tqdm.write(f"  [{sample.get('reward', math.nan):5.2f}] {sample['response'].strip()}")
-        self.seen, self.evaluated = {}, (self.oracle.queries, self.round)
+        self.seen = {}
         self.save()
 
-    def end_round(self, has_asked: bool = True) -> None:
+    def end_round(self) -> None:
         """Count the round; save every --checkpoint_every rounds. A policy that has collapsed to one
-        text a prompt asks in vain: then stop."""
-        num_new, self.labelled = self.oracle.queries - self.labelled, self.oracle.queries
-        self.idle_rounds = 0 if num_new else self.idle_rounds + has_asked
-        self.bar.update(num_new)
+        text a prompt makes no pair: then stop."""
         self.round += 1
+        self.bar.update(self.oracle.queries - self.bar.n)
         if self.round % self.config.checkpoint_every == 0:
             self.save()
-        require(self.idle_rounds < 20, "the candidates of 20 rounds all read the same: stopped")
+        pairs = self.rows["preferences"]
+        num_idle = self.round - (pairs[-1]["round"] + 1 if pairs else 0)
+        require(num_idle < 20, "the candidates of 20 rounds all read the same: stopped")
 
     def finish(self, policy: nn.Module, tokenizer: Any) -> None:
         """Write model/, compare the last row with the first, and say where everything is."""
@@ -665,7 +661,6 @@ def main(config_class: type[Config], train: Callable, docstring: str) -> None:
         config = config_class(**vars(parser.parse_args()))
         train(config)
         if common.ranks()[1] > 1:
-            distributed.barrier()
             distributed.destroy_process_group()
     except KeyboardInterrupt:
         print(f"stopped; --resume {config.output_dir if config else ''} continues", file=sys.stderr)

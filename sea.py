@@ -392,13 +392,12 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
             ensemble.fit(features[asked[:, None], winners], rng)
         # 7. Train the policy on all pairs of the round.
         synthetic = (is_pair & is_synthetic).nonzero()[:, 0]
-        pairs = [batch.select(asked, winners), duels.select(synthetic)]
-        run.keep(*pairs)
-        pairs = common.stacked(pairs)
+        pairs = common.stacked([batch.select(asked, winners), duels.select(synthetic)])
+        run.keep(pairs, len(synthetic))
         pairs.ref_logps = frozen_logps(ref_model, pairs, config)  # (n, 2)
         run.record(train_step(policy, optimizer, pairs, loss, config))
         run.counts.gradient_steps += len(pairs) > 0
-        run.end_round(has_asked=not is_synthetic.all())
+        run.end_round()
     run.finish(policy, tokenizer)
     return run
 

@@ -166,8 +166,8 @@ def clocked(ends: list, num_rounds: int, device: str, checkpoint: list | None) -
     stops after `num_rounds`. `checkpoint`, a list, gets GiB, and seconds to write and read one."""
     end_round, save = harness.Run.end_round, harness.Run.save
 
-    def clocked_end(run: harness.Run, has_asked: bool = True) -> None:
-        end_round(run, has_asked)
+    def clocked_end(run: harness.Run) -> None:
+        end_round(run)
         synchronize(device)
         ends.append((time.perf_counter(), run.oracle.queries))
         if len(ends) < num_rounds:
