@@ -195,7 +195,6 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     train = splits.pop("train", None) or splits.popitem()[1]
     held_out = splits.get("test") or splits.get("validation")
     if not held_out:
-        require(len(train) > 1, f"--dataset {config.dataset} has one row: none is left to hold out")
         size = min(config.eval_prompts, len(train) // 2)
         train, held_out = train.train_test_split(size, shuffle=False).values()
     held_out = tokenise_prompts(held_out, config, tokenizer)
