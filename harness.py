@@ -213,7 +213,7 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
     gold = ("wanted", "wrong", "clutter")
     columns = {name: rows[name][:] for name in gold} if set(gold) <= set(known) else {}
     for name in ("prompt", "reference", "other"):
-        wanted, default = (getattr(c, f"{name}_column", None) for c in (config, type(config)))
+        wanted = getattr(config, f"{name}_column", None)
         if wanted in known:
             role = "user" if name == "prompt" else "assistant"
             is_turn = [isinstance(v, list) and v[-1]["role"] == role for v in rows[wanted][:]]
@@ -221,7 +221,7 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
             is_text = all(isinstance(text, str) and text.strip() for text in texts)
             require(is_text, f"{where}: a row's {wanted} is empty, or not text")
             columns[name] = texts
-        elif name == "prompt" or wanted != default:
+        elif name == "prompt" or wanted not in (name, None):  # the default may be missing
             raise UserError(f"{where} has no --{name}_column {wanted}; it has {', '.join(known)}")
     texts = rows[config.prompt_column][:]
     is_chat = bool(tokenizer.chat_template) or not isinstance(texts[0], str)
@@ -272,7 +272,7 @@ def rewrite(path: Path, text: str) -> None:
 class Oracle:
     """The annotator. A rule, a judge or a person is a subclass with `score` or `prefer` alone.
 
-    `label` and `rank` count what they cost in `queries`. Each answer is appended to labels.jsonl
+    `queries` counts the labels that `ask` and `rank` gave. Each answer is appended to labels.jsonl
     the moment it is given; what a run had bought when it was stopped is answered from there as soon
     as the same question comes again. `score` is for metrics and costs nothing.
     """
@@ -328,14 +328,6 @@ class Oracle:
                         file.write(to_lines([rows[i]]))
         self.queries, self.num_answers = start + sum(costs), self.num_answers + len(rows)
         return rows
-
-    def label(self, prompts: list[str], duels: list[list[str]]) -> tuple[Tensor, Tensor | None]:
-        """Which duels the first of the two texts wins, (B,), at a label each; and their rewards
-        (B, 2), for metrics, if the oracle scores at all."""
-        rows = self.ask(prompts, duels, [1] * len(duels), None)
-        rewards = [row["rewards"] for row in rows if row["rewards"]]
-        is_first = torch.tensor([row["answer"] for row in rows], dtype=torch.bool)
-        return is_first, torch.tensor(rewards) if rewards else None
 
     def rank(self, prompts: list, texts: list, noise: Tensor, costs: list[int]) -> Tensor:
         """Scores (B, N) plus `noise` (B, N), by which texts are ranked, at `costs` labels each."""
@@ -419,16 +411,18 @@ def win_metrics(rewards: Tensor, baseline: Tensor) -> dict[str, float]:
 
 
 def label(oracle: Oracle, duels: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Chosen and rejected response (B, 2) to each prompt, of two, by the oracle; online_win_rate
+    """Chosen and rejected response (B, 2) to each prompt, of two, at a label each; online_win_rate
     and online_win_probability: of both against the data set's reference, if there is one."""
     prompts, metrics = duels.columns["prompt"], {}
-    is_first, rewards = oracle.label(prompts, duels.responses)  # (B,), (B, 2)
-    if rewards is not None and "reference" in duels.columns:
+    rows = oracle.ask(prompts, duels.responses, [1] * len(duels), None)
+    rewards = torch.tensor([row["rewards"] for row in rows if row["rewards"]])  # (B, 2)
+    if len(rewards) and "reference" in duels.columns:
         references = [[text] for text in duels.columns["reference"]]
         baseline = oracle.score(prompts, references).expand(-1, 2)  # (B, 2)
         online = win_metrics(rewards.flatten(), baseline.flatten())
         metrics = {f"online_{name}": online[name] for name in ("win_rate", "win_probability")}
-    return torch.stack([~is_first, is_first], dim=1).long(), metrics
+    chosen = torch.tensor([0 if row["answer"] else 1 for row in rows]).long()  # (B,)
+    return torch.stack([chosen, 1 - chosen], dim=1), metrics
 
 
 def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str, Any]]]:
