@@ -98,8 +98,7 @@ class Config:
         path = Path(self.output_dir).expanduser() / "config.json"
         require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
         saved = json.loads(path.read_text())["flags"]
-        wrong = f"--resume: {path.parent} holds a run of another script than {self.script}.py"
-        require(self.arm in saved, wrong)
+        require(self.arm in saved, f"--resume: {path.parent} holds another script's run")
         for known in [f for f in fields(self) if f.name not in self.unsaved]:
             given, old = getattr(self, known.name), saved[known.name]
             if given == known.default:  # not given, as far as can be told
@@ -344,8 +343,7 @@ class RewardModelOracle(Oracle):
         auto_class = transformers.AutoModelForSequenceClassification
         dtype = torch.bfloat16 if config.device.startswith("cuda") else torch.float32
         self.model, self.tokenizer = load_pretrained(auto_class, "reward_model", config, dtype)
-        wrong = f"--reward_model {config.reward_model} has several labels"
-        require(self.model.config.num_labels == 1, wrong)
+        require(self.model.config.num_labels == 1, "--reward_model has several labels, not one")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.config.use_cache = False
 

@@ -75,7 +75,7 @@ def test_a_command_that_cannot_be_meant_is_refused_by_name(command, said, refuse
 
 def test_a_run_of_another_script_is_not_resumed(refused, tmp_path):
     (tmp_path / "config.json").write_text('{"flags": {"sampler": "pilaf", "seed": 0}}')
-    assert "of another script than sea.py" in refused("sea", output_dir=None, resume=str(tmp_path))
+    assert "holds another script's run" in refused("sea", output_dir=None, resume=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["model", "ref_model", "reward_model", "erm_backbone"])

@@ -170,7 +170,7 @@ def test_no_reward_model_several_labels_and_a_model_without_eos_are_refused(flag
     with pytest.raises(UserError, match="--reward_model .*sft lacks weights.*score.weight"):
         train("pilaf", flags, reward_model=flags["model"])
     two = make_model(CLASSIFIER, "gpt_neox", 0, num_labels=2, pad_token_id=0)
-    with pytest.raises(UserError, match="--reward_model .*two has several labels"):
+    with pytest.raises(UserError, match="--reward_model has several labels"):
         train("pilaf", flags, reward_model=save(two, tmp_path / "two"))
     endless = save(gpt2(), tmp_path / "endless", eos_token=None)
     with pytest.raises(UserError, match=f"--model {endless} has no EOS"):
