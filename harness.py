@@ -652,6 +652,7 @@ def main(config_class: type[Config], train: Callable, docstring: str) -> None:
         config = config_class(**vars(parser.parse_args()))
         train(config)
         if common.ranks()[1] > 1:
+            distributed.barrier()
             distributed.destroy_process_group()
     except KeyboardInterrupt:
         print(f"stopped; --resume {config.output_dir if config else ''} continues", file=sys.stderr)

@@ -40,7 +40,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         policy: nn.Module, optimizer: torch.optim.Optimizer, pairs: common.Batch, *how: object
     ) -> dict[str, float]:
         values = common.train_step(policy, optimizer, pairs, *how)
-        is_due = len(old) * config.batch_size >= config.burn_in
+        is_due = len(old) * config.batch_size >= max(1, config.burn_in)
         if is_due and torch.rand((), generator=rng) < 1 / GAMMA - 1:
             known = common.stacked(old)
             rows: Tensor = torch.randperm(len(known), generator=rng)[: config.batch_size]
