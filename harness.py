@@ -97,8 +97,9 @@ class Config:
         """The flags of the run in --output_dir; of those given only --num_queries may differ."""
         path = Path(self.output_dir).expanduser() / "config.json"
         require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
-        saved = json.loads(path.read_text())["flags"]
-        require(self.arm in saved, f"--resume: {path.parent} holds another script's run")
+        about = json.loads(path.read_text())
+        is_own, saved = about["script"] == self.script, about["flags"]
+        require(is_own, f"--resume: {path.parent} holds another script's run")
         for known in [f for f in fields(self) if f.name not in self.unsaved]:
             given, old = getattr(self, known.name), saved[known.name]
             if given == known.default:  # not given, as far as can be told
@@ -523,7 +524,8 @@ class Run:
         options = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
         commit = subprocess.run("git rev-parse HEAD", shell=True, **options).stdout.strip()
         versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
-        about = {"flags": asdict(config), "versions": versions, "git_commit": commit}
+        about = {"script": config.script, "flags": asdict(config), "versions": versions}
+        about["git_commit"] = commit
         rewrite(self.folder / "config.json", json.dumps(about, indent=1))
         self.bar = tqdm(total=config.num_queries, unit="label", disable=not is_first())
         self.bar.n = oracle.queries

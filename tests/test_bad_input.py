@@ -74,7 +74,8 @@ def test_a_command_that_cannot_be_meant_is_refused_by_name(command, said, refuse
 
 
 def test_a_run_of_another_script_is_not_resumed(refused, tmp_path):
-    (tmp_path / "config.json").write_text('{"flags": {"sampler": "pilaf", "seed": 0}}')
+    """Nor one of notebooks/my_rule.py, whose flags are sea.py's."""
+    (tmp_path / "config.json").write_text('{"script": "my_rule", "flags": {"explore": "bai"}}')
     assert "holds another script's run" in refused("sea", output_dir=None, resume=str(tmp_path))
 
 
