@@ -71,9 +71,11 @@ def curves(runs: Runs, metric: str, labels: np.ndarray) -> np.ndarray:
 
 
 def pooled(arms: dict[str, Runs], metric: str) -> tuple[float, int]:
-    """Standard deviation over seeds, its square averaged over all arms that have every seed, and
-    its degrees of freedom."""
-    groups = [values(runs, metric) for runs in arms.values() if len(runs) == NUM_SEEDS]
+    """Standard deviation over seeds, its square averaged over all arms that have every seed and the
+    metric (SELM's have no online win rate), and its degrees of freedom."""
+    whole = [runs for runs in arms.values() if len(runs) == NUM_SEEDS]
+    whole = [runs for runs in whole if all(metric in rows[-1] for rows in runs.values())]
+    groups = [values(runs, metric) for runs in whole]
     squares = sum(((group - group.mean()) ** 2).sum() for group in groups)
     freedom = sum(len(group) - 1 for group in groups)
     return math.sqrt(squares / freedom), freedom
