@@ -195,6 +195,7 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     train = splits.pop("train", None) or splits.popitem()[1]
     held_out = splits.get("test") or splits.get("validation")
     if not held_out:
+        require(len(train) > 1, f"--dataset {config.dataset} has one row: none is left to hold out")
         size = min(config.eval_prompts, len(train) // 2)
         train, held_out = train.train_test_split(size, shuffle=False).values()
     held_out = tokenise_prompts(held_out, config, tokenizer)
@@ -272,7 +273,7 @@ def rewrite(path: Path, text: str) -> None:
 class Oracle:
     """The annotator. A rule, a judge or a person is a subclass with `score` or `prefer` alone.
 
-    `queries` counts the labels that `ask` and `rank` gave. Each answer is appended to labels.jsonl
+    `label` and `rank` count what they cost in `queries`. Each answer is appended to labels.jsonl
     the moment it is given; what a run had bought when it was stopped is answered from there as soon
     as the same question comes again. `score` is for metrics and costs nothing.
     """
@@ -328,6 +329,14 @@ class Oracle:
                         file.write(to_lines([rows[i]]))
         self.queries, self.num_answers = start + sum(costs), self.num_answers + len(rows)
         return rows
+
+    def label(self, prompts: list[str], duels: list[list[str]]) -> tuple[Tensor, Tensor | None]:
+        """Which duels the first of the two texts wins, (B,), at a label each; and their rewards
+        (B, 2), for metrics, if the oracle scores at all."""
+        rows = self.ask(prompts, duels, [1] * len(duels), None)
+        rewards = [row["rewards"] for row in rows if row["rewards"]]
+        is_first = torch.tensor([row["answer"] for row in rows], dtype=torch.bool)
+        return is_first, torch.tensor(rewards) if rewards else None
 
     def rank(self, prompts: list, texts: list, noise: Tensor, costs: list[int]) -> Tensor:
         """Scores (B, N) plus `noise` (B, N), by which texts are ranked, at `costs` labels each."""
@@ -413,15 +422,13 @@ def label(oracle: Oracle, duels: Batch) -> tuple[Tensor, dict[str, float]]:
     """Chosen and rejected response (B, 2) to each prompt, of two, at a label each; online_win_rate
     and online_win_probability: of both against the data set's reference, if there is one."""
     prompts, metrics = duels.columns["prompt"], {}
-    rows = oracle.ask(prompts, duels.responses, [1] * len(duels), None)
-    rewards = torch.tensor([row["rewards"] for row in rows if row["rewards"]])  # (B, 2)
-    if len(rewards) and "reference" in duels.columns:
+    is_first, rewards = oracle.label(prompts, duels.responses)  # (B,), (B, 2)
+    if rewards is not None and "reference" in duels.columns:
         references = [[text] for text in duels.columns["reference"]]
         baseline = oracle.score(prompts, references).expand(-1, 2)  # (B, 2)
         online = win_metrics(rewards.flatten(), baseline.flatten())
         metrics = {f"online_{name}": online[name] for name in ("win_rate", "win_probability")}
-    chosen = torch.tensor([0 if row["answer"] else 1 for row in rows]).long()  # (B,)
-    return torch.stack([chosen, 1 - chosen], dim=1), metrics
+    return torch.stack([~is_first, is_first], dim=1).long(), metrics
 
 
 def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -85,7 +85,7 @@ class Config(harness.Config):
             require(not self.importance_weights, "--importance_weights" + wrong)
         if self.importance_weights:
             is_exact = self.temperature == 1 and self.sampler_beta == self.beta
-            require(is_exact, "--importance_weights needs --temperature 1 and --beta's sampler")
+            require(is_exact, "--importance_weights needs --temperature 1, no --sampler_beta")
         if self.num_epochs > 1:
             require(self.num_iterations, "--num_epochs needs --num_iterations")
 

@@ -250,11 +250,12 @@ def arm_table(arms: dict[str, Runs]) -> str:
 
 def efficiency_table(arms: dict[str, Runs], baseline: str = "passive") -> str:
     """Markdown: how many times as many labels the baseline needs as each arm, and 95 % intervals;
-    with evaluations 512 labels apart all crossings are read off between two points."""
+    with evaluations 512 labels apart all crossings are read off between two points. PILAF's arms
+    start elsewhere and are left out."""
     lines = ["| arm | in gold | in win rate |", "|---|---|---|"]
     last = max(row["queries"] for rows in arms[baseline].values() for row in rows)
     labels = np.linspace(0, last, 17)
-    for arm in [arm for arm in arms if arm != baseline]:
+    for arm in [arm for arm in arms if arm not in (baseline, "vanilla", "pilaf")]:
         cells = []
         for metric in ("gold", "win_rate"):
             both = (curves(arms[name], metric, labels) for name in (baseline, arm))

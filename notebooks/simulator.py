@@ -116,10 +116,10 @@ def main(words: list[str] | None = None) -> None:
             errors = 2 * values.std(1, ddof=1) / flags.seeds**0.5
             cells = [f"{mean:.3f} ±{e:.3f} " for mean, e in zip(values.mean(1), errors)]
             print(f"{name:12}{metric:9}", *cells)
-        if "random" in found:
-            shares = found["random"][..., 1], found[name][..., 1]
-            ratio, low, high = analysis.label_ratio(*shares, POINTS)
-            print(f"{name:12}random's labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
+    for name in found if "random" in found else ():
+        shares = found["random"][..., 1], found[name][..., 1]
+        ratio, low, high = analysis.label_ratio(*shares, POINTS)
+        print(f"{name:12}random's labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
     drawing.simulated(POINTS, found, path.with_suffix(".png"))
 
 

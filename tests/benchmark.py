@@ -7,6 +7,7 @@ cannot measure (no GPU, no TRL: `pip install -r tests/benchmark-requirements.txt
     python tests/benchmark.py                    # tens of minutes on two CPU cores
     python tests/benchmark.py --only generate    # rows whose name has this in it
     python tests/benchmark.py --only clone --against ../old    # rounds of two commits, in turns
+    python tests/benchmark.py --only flops       # matrix products of the experiments' arms
     python tests/benchmark.py --only generate --model 160m     # random weights, Pythia's shape
     python tests/benchmark.py --size 160m 410m 1b              # the scripts at these shapes
     python tests/benchmark.py --memory           # computed: which micro-batch fits which card
@@ -15,6 +16,7 @@ cannot measure (no GPU, no TRL: `pip install -r tests/benchmark-requirements.txt
 
 import argparse
 import contextlib
+import importlib
 import inspect
 import io
 import itertools
@@ -47,6 +49,7 @@ import common  # noqa: E402
 import harness  # noqa: E402
 import pilaf  # noqa: E402
 import sea  # noqa: E402
+from notebooks import experiments  # noqa: E402
 
 Seconds = list[float]
 
@@ -315,6 +318,31 @@ def log_probabilities(args: argparse.Namespace) -> None:
         row(f"log-probabilities and gradient: N = {num}, {length} tokens", *seconds, "plain rows")
 
 
+# ------------------------------------------------------------------ matrix products
+
+
+def flops(args: argparse.Namespace) -> None:
+    """GFLOP a label of each arm of notebooks/experiments.py, evaluations and burn-in left out. A
+    start that has moved costs what the initial policy does, which stands in for it here."""
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    for arm, words in experiments.ARMS.items():
+        name, *own = words.replace("{start}/model", "./tiny/sft").split()
+        script = importlib.import_module(name)
+        own += ["--burn_in", "0"] if name in ("sea", "repeated_pairs") else []
+        flags = vars(harness.Parser(script.Config, allow_abbrev=False).parse_args(own))
+        flags |= dict(device=args.device, warmup_steps=0)
+        del flags["output_dir"]
+        totals = []
+        for num_queries in (96, 288):
+            few = {"num_queries": num_queries, "eval_prompts": 1, "eval_every": 10**6}
+            with FlopCounterMode(display=False) as counter:
+                run = train_quietly(script, **flags | few)
+            totals.append((counter.get_total_flops() / 1e9, run.oracle.queries))
+        (start, first), (end, last) = totals
+        per_label = (end - start) / (last - first)
+        print(f"| {arm}: matrix products | {per_label:.2f} GFLOP a label | | | | |", flush=True)
+
+
 # ------------------------------------------------------------------ resident memory
 
 
@@ -355,6 +383,7 @@ def main() -> None:
         "generate": generation,
         "log-probabilities": log_probabilities,
         "rounds": rounds,
+        "flops": flops,
         "trl": against_trl,
         "clone": against_clone,
     }

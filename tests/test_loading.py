@@ -47,7 +47,7 @@ def test_a_file_of_each_kind_is_read_and_its_last_rows_are_held_out(kind, flags,
     assert set(prompts.columns) == {"prompt", "reference"}
     prompts, held_out, _ = load(flags, **more, eval_prompts=100)
     assert len(prompts) == len(held_out) == 10  # half at most
-    with pytest.raises(ValueError, match="test_size=0"):  # one row: none is left to hold out
+    with pytest.raises(UserError, match="--dataset .*one.jsonl has one row"):
         load(flags, dataset=write(tmp_path / "one.jsonl", [{"prompt": "cat"}]))
 
 

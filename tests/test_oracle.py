@@ -39,9 +39,9 @@ def labels_of(config: harness.Config, gap: float, *nums: int) -> torch.Tensor:
     """Which duels the first text won, in rounds of so many, where it is scored `gap` higher."""
     scores = {"score": lambda self, x, y: torch.tensor([[gap, 0.0]]).repeat(len(x), 1)}
     oracle = type("Constant", (harness.Oracle,), scores)(config)
-    rounds = [oracle.ask(["x"] * num, [["a", "b"]] * num, [1] * num, None) for num in nums]
+    labels = [oracle.label(["x"] * num, [["a", "b"]] * num)[0] for num in nums]
     assert oracle.queries == sum(nums)
-    return torch.tensor([row["answer"] for rows in rounds for row in rows])
+    return torch.cat(labels)
 
 
 @pytest.mark.parametrize("gap", [-1.0, 0.0, 2.0])

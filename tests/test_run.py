@@ -351,6 +351,7 @@ def test_the_start_says_what_the_run_uses(flags, capsys):
     train("sea", flags)
     out = capsys.readouterr().out
     assert all(said in out for said in (*names, *numbers, "against the reference"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert "./tiny" not in out and flags["output_dir"] in out.splitlines()[-1]
 
 

@@ -249,6 +249,9 @@ def test_each_prompt_draws_its_own_head_and_each_head_as_often(is_synthetic):
     first, second = choose_duels(Config(explore="ee"), batch, rewards, which, stream())
     assert (first.bincount() / 4000 - 0.25).abs().max() < 0.03  # 4 standard errors
     assert (first[1:] == first[:-1]).double().mean().item() == pytest.approx(0.25, abs=0.03)
+    # A head's worst is the first of the zeros; four redraws all find the first's head 1 in 4^4.
+    share = (second == (first == 0).long()).double().mean().item()  # of the first of the others
+    assert share == pytest.approx(1 if is_synthetic else 1 / 3 + 2 / 3 / 4**4, abs=0.03)
     assert (first != second).all()
 
 
