@@ -285,9 +285,9 @@ def train_iteration(
 
 def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     """PILAF, round by round, into --output_dir; the oracle is --reward_model, unless given."""
+    cost, prompts_per_iteration, num_iterations = plan(config)
     task = harness.load(config, oracle)
     policy, oracle, counts = task.policy, task.oracle, Counts()
-    cost, prompts_per_iteration, num_iterations = plan(config)
     rounds_per_iteration = math.ceil(prompts_per_iteration / config.batch_size)
     optimizer, replay = common.start_optimizer(policy, config), common.Replay()
     parts = {"policy": policy, "optimizer": optimizer, "replay": replay}

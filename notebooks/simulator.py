@@ -4,10 +4,9 @@
 
 Posts stay fixed, each with 20 SFT candidates; features and rewards are computed once and kept in
 runs/simulator.pt (delete it when a model changes). A run trains the heads of sea.py on a rule's
-duels, a batch of posts a round, with noisy labels. Its mean head is measured on other posts:
-`accuracy`, share of pairs of candidates that it orders as the oracle does; `share`, reward of its
-best of 20 minus the mean candidate's, over what the best candidate gains (means over posts).
-Shapes: B posts, N candidates a post, E heads, D features.
+duels, with noisy labels. Its mean head is measured on other posts: `accuracy`, share of pairs of
+candidates that it orders as the oracle does; `share`, reward of its best of 20 minus the mean
+candidate's, over what the best one gains. B posts, N candidates a post, E heads, D features.
 """
 
 import argparse
@@ -34,14 +33,13 @@ POINTS = (0, 32, 64, 128, 256, 384, 512, 768, 1024)  # numbers of labels at whic
 
 
 def duels_of_sea(name: str, batch: common.Batch, rewards: torch.Tensor, rng: object) -> tuple:
-    """Two candidate numbers a post, (B,) and (B,), by a rule of sea.py: from the heads' `rewards`
-    (E, B, N), and from `batch.responses`, a list of N texts a post."""
+    """A rule of sea.py: two candidate numbers a post, (B,) and (B,), from the heads' rewards (E, B,
+    N) and from `batch.responses`, a list of N texts a post."""
     is_synthetic = torch.zeros(len(batch), dtype=torch.bool)
     return sea.choose_duels(sea.Config(explore=name), batch, rewards, is_synthetic, rng)
 
 
-NAMES = ("random", "bai", "ee", "uncertainty", "best_two")
-RULES = {name: partial(duels_of_sea, name) for name in NAMES}
+RULES = {n: partial(duels_of_sea, n) for n in "random bai ee uncertainty best_two".split()}
 
 
 def prepare(is_test: bool, num: int, config: sea.Config) -> Posts:
@@ -58,11 +56,9 @@ def prepare(is_test: bool, num: int, config: sea.Config) -> Posts:
 def rewards_by_rule(batch: common.Batch, taste: int) -> torch.Tensor:
     """Gold scores (B, N) for annotators who want the kinds of fact that the seed `taste` draws."""
     table = make.write_rows(11_000, 0, make.draw_taste(taste))  # the posts stay those of seed 0
-    rows, scores = {row["prompt"]: row for row in table}, []
-    for prompt, texts in zip(batch.columns["prompt"], batch.responses):
-        facts = [rows[prompt][kind] for kind in ("wanted", "wrong", "clutter")]
-        scores.append([harness.gold_score(text, *facts) for text in texts])
-    return torch.tensor(scores)
+    facts = {row["prompt"]: (row["wanted"], row["wrong"], row["clutter"]) for row in table}
+    rows = zip(batch.columns["prompt"], batch.responses)
+    return torch.tensor([[harness.gold_score(y, *facts[x]) for y in texts] for x, texts in rows])
 
 
 def measure(mean: torch.Tensor, rewards: torch.Tensor) -> tuple[float, float]:
@@ -90,7 +86,7 @@ def simulate(rule: Callable, seed: int, train: Posts, test: Posts) -> list[tuple
         is_first = oracle.prefer([], [], train.rewards[posts].gather(1, duels))  # (B,)
         oracle.queries += len(posts)
         winners = duels.gather(1, torch.stack([~is_first, is_first], dim=1).long())
-        ensemble.fit(features[torch.arange(len(posts))[:, None], winners], rng)
+        ensemble.fit(train.features[posts[:, None], winners], rng)
     return [*measured, measure(ensemble(test.features).mean(0), test.rewards)]
 
 
@@ -99,27 +95,24 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--taste", type=int, help="annotators who want other kinds of fact")
-    flags, config, path = parser.parse_args(words), sea.Config(), ROOT / "runs" / "simulator.pt"
-    path.parent.mkdir(exist_ok=True)
+    args, config, path = parser.parse_args(words), sea.Config(), ROOT / "runs" / "simulator.pt"
     if not path.exists():
+        path.parent.mkdir(exist_ok=True)
         posts = prepare(False, 1024, config), prepare(True, 256, config)
         torch.save([(vars(batch), *tensors) for batch, *tensors in posts], path)
     posts = [Posts(common.Batch(**state), *tensors) for state, *tensors in torch.load(path)]
-    if flags.taste is not None:
-        posts = [part._replace(rewards=rewards_by_rule(part.batch, flags.taste)) for part in posts]
-    print(f"mean ± 2 standard errors over {flags.seeds} seeds, after so many labels:")
-    print(" " * 22 + "".join(f"{num:<14}" for num in POINTS))
+    if args.taste is not None:
+        posts = [part._replace(rewards=rewards_by_rule(part.batch, args.taste)) for part in posts]
+    print(f"mean ± standard error over {args.seeds} seeds, after so many labels:")
+    print(" " * 22 + "".join(f"{num:<16}" for num in POINTS))
     found = {}  # rule -> accuracy and share, (S, points, 2)
-    for name in flags.rules:
-        found[name] = np.array([simulate(RULES[name], n, *posts) for n in range(flags.seeds)])
-        for metric, values in zip(("accuracy", "share"), found[name].T):  # (points, S)
-            errors = 2 * values.std(1, ddof=1) / flags.seeds**0.5
-            cells = [f"{mean:.3f} ±{e:.3f} " for mean, e in zip(values.mean(1), errors)]
-            print(f"{name:12}{metric:9}", *cells)
-    for name in found if "random" in found else ():
-        shares = found["random"][..., 1], found[name][..., 1]
-        ratio, low, high = analysis.label_ratio(*shares, POINTS)
-        print(f"{name:12}random's labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
+    for name in args.rules:
+        found[name] = runs = np.array([simulate(RULES[name], n, *posts) for n in range(args.seeds)])
+        for metric, values in zip(("accuracy", "share"), runs.T):  # (points, S)
+            print(f"{name:12}{metric:9}", *[f"{analysis.with_stderr(v):15}" for v in values])
+        if "random" in found:
+            ratio, low, high = analysis.label_ratio(found["random"][..., 1], runs[..., 1], POINTS)
+            print(f"{name:12}random's labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
     drawing.simulated(POINTS, found, path.with_suffix(".png"))
 
 

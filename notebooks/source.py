@@ -45,7 +45,7 @@ def broken(function: Callable, old: str, new: str) -> Callable:
 def noticed(file: str, old: str, new: str, tests: str) -> str:
     """Run the tests of a script whose names contain `tests` (as pytest's -k has it) on a copy of
     the repository with `old` replaced by `new` in the file: the names of those that fail."""
-    if subprocess.run([sys.executable, "-c", "import pytest, hypothesis"]).returncode:
+    if subprocess.run([sys.executable, "-c", "import pytest, xdist"]).returncode:
         return "pip install -r tests/requirements.txt, to see the tests"
     with tempfile.TemporaryDirectory() as name:
         folder, unused = Path(name) / "copy", shutil.ignore_patterns(".git", "runs", "notebooks")
