@@ -91,7 +91,7 @@ def test_flags_that_documents_name_exist():
         path for name in ("tiny", "notebooks", "tests") for path in (ROOT / name).glob("*.py")
     ]
     texts = [path.read_text(encoding="utf-8") for path in others]
-    known = FLAGS | set(re.findall(r'"--(\w+)"', "".join(texts))) | {"help", "nproc_per_node"}
+    known = FLAGS | set(re.findall(r'"--(\w+)"', "".join(texts))) | {"help", "nproc_per_node", "dist"}
     for text in (README, *(module.__doc__ for module in MODULES.values())):
         assert set(re.findall(r"--([a-z_]+)", text)) <= known
 
