@@ -87,11 +87,10 @@ def test_readme_and_each_docstring_name_commands():
 
 
 def test_flags_that_documents_name_exist():
-    others = [
-        path for name in ("tiny", "notebooks", "tests") for path in (ROOT / name).glob("*.py")
-    ]
-    texts = [path.read_text(encoding="utf-8") for path in others]
-    known = FLAGS | set(re.findall(r'"--(\w+)"', "".join(texts))) | {"help", "nproc_per_node", "dist"}
+    folders = [ROOT / name for name in ("tiny", "notebooks", "tests")]
+    texts = [path.read_text(encoding="utf-8") for top in folders for path in top.glob("*.py")]
+    known = FLAGS | {"help", "nproc_per_node", "dist"}
+    known |= set(re.findall(r'"--(\w+)"', "".join(texts)))
     for text in (README, *(module.__doc__ for module in MODULES.values())):
         assert set(re.findall(r"--([a-z_]+)", text)) <= known
 
