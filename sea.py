@@ -310,8 +310,9 @@ def best_of_n_metrics(
     batch = common.respond(*models, task.held_out, config.best_of_n, rng, config, temperature=1.0)
     best = ensemble(read_features(backbone, batch, config)).mean(0).argmax(-1)  # (E, B, N) -> (B,)
     texts = [[row[n]] for row, n in zip(batch.responses, best)]
-    rewards = task.oracle.score(batch.columns["prompt"], texts)[:, 0]
-    metrics = harness.win_metrics(rewards, torch.tensor(batch.columns["reference_reward"]))
+    rewards = task.oracle.score(batch.columns["prompt"], texts)  # (B, 1)
+    require(rewards is not None, "--best_of_n needs an oracle with `score`")
+    metrics = harness.win_metrics(rewards[:, 0], torch.tensor(batch.columns["reference_reward"]))
     metrics["reward"] = rewards.mean().item()
     return {f"best_of_n_{name}": value for name, value in metrics.items()}
 
@@ -336,8 +337,7 @@ def load_ensemble(
 def pair_loss(config: Config, logps: Tensor, ref_logps: Tensor, part: Batch) -> Tensor:
     """--loss of log-probabilities, (b, 2) -> (b,); IPO's are means over tokens."""
     loss = {"dpo": common.dpo, "ipo": common.ipo, "slic": common.slic}[config.loss]
-    lengths = part.response_mask.sum(-1).to(logps.device)  # (b, 2)
-    per = lengths if config.loss == "ipo" else 1
+    per = part.response_mask.sum(-1).to(logps.device) if config.loss == "ipo" else 1  # (b, 2)
     return loss(logps / per, ref_logps / per, config.beta)
 
 

@@ -90,9 +90,10 @@ def test_score_or_prefer_alone_needs_no_reward_model(script, arm, judge, judges,
     assert ({"win_rate", "reward"} <= last.keys()) == (judge == "Longer") and "kl" in last
 
 
-def test_a_ranking_needs_scores(judges, flags):
+@pytest.mark.parametrize("script, more", [("selm", {}), ("sea", dict(best_of_n=2))])
+def test_a_ranking_and_the_best_of_n_need_scores(script, more, judges, flags):
     with pytest.raises(common.UserError, match="score"):
-        train("selm", flags, judges.Alphabetical)
+        train(script, flags, judges.Alphabetical, **more)
 
 
 class Watched(Rule):
