@@ -104,6 +104,16 @@ def curve(
         axis.fill_between(x, y - error, y + error, color=style.get("color"), alpha=0.15, lw=0)
 
 
+def arms(found: dict[str, dict], names: tuple[str, ...], metrics: tuple[str, ...]) -> None:
+    """Metrics against labels, a panel each, of arms that have run: arm -> seed -> rows."""
+    panels = plt.subplots(1, len(metrics), figsize=(11, 3.4))[1]
+    for axis, metric in zip(panels, metrics):
+        for name in [name for name in names if name in found]:
+            curve(axis, list(found[name].values()), metric, label=name, **look(name))
+        axis.set(xlabel="labels", ylabel=metric)
+    panels[0].legend()
+
+
 def path(
     axis: Any, x: np.ndarray, y: np.ndarray, error: np.ndarray | None = None, **style: Any
 ) -> None:
@@ -125,10 +135,10 @@ def signed_map(axis: Any, values: Any, limit: float, label: str) -> None:
 
 
 def simulated(labels: tuple[int, ...], found: dict[str, np.ndarray], path: Path) -> None:
-    """Accuracy and share of each rule of the simulator, (S, points, 2), with two errors."""
+    """Accuracy and share of each rule of the simulator, (S, points, 2), with standard errors."""
     panels = plt.subplots(1, 2, figsize=(10, 4))[1]
     for name, values in found.items():  # (S, points, 2) -> (2, points)
-        errors = 2 * values.std(0, ddof=1).T / math.sqrt(len(values))
+        errors = values.std(0, ddof=1).T / math.sqrt(len(values))
         for axis, mean, error in zip(panels, values.mean(0).T, errors):
             axis.errorbar(labels, mean, error, label=name, capsize=3, **look(name))
     for axis, title in zip(panels, ("accuracy", "share")):
