@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 import transformers
@@ -92,9 +92,15 @@ class Config:
             is_zero = value == 0 and name in self.may_be_zero
             if type(value) in (int, float) and not is_zero:
                 require(0 < value < math.inf, f"--{name} {value} is out of range")
+        for known in fields(self):  # argparse has checked a command line, but no notebook
+            if get_origin(known.type) is Literal:
+                value, choices = getattr(self, known.name), get_args(known.type)
+                require(value in choices, f"--{known.name} {value} is none of {', '.join(choices)}")
 
     def take_saved_flags(self) -> None:
         """The flags of the run in --output_dir; of those given only --num_queries may differ."""
+        is_command = Path(sys.argv[0]).stem == self.script  # which may give a flag at its default
+        words = [word.split("=")[0] for word in sys.argv] if is_command else []
         path = Path(self.output_dir).expanduser() / "config.json"
         require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
         about = json.loads(path.read_text())
@@ -102,7 +108,7 @@ class Config:
         require(is_own, f"--resume: {path.parent} holds another script's run")
         for known in [f for f in fields(self) if f.name not in self.unsaved]:
             given, old = getattr(self, known.name), saved[known.name]
-            if given == known.default:  # not given, as far as can be told
+            if given == known.default and f"--{known.name}" not in words:  # not given
                 setattr(self, known.name, old)
             elif known.name != "num_queries" or given < old:
                 require(given == old, f"--resume: the run has --{known.name} {old}, not {given}")
@@ -191,6 +197,8 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     name, options = path_of("dataset", config), {}
     if os.path.isfile(name):
         name, options = Path(name).suffix[1:].replace("jsonl", "json"), {"data_files": name}
+        is_known = name in ("json", "csv", "parquet")
+        require(is_known, f"--dataset {config.dataset}: not a json, jsonl, csv or parquet file")
     splits = dict(datasets.load_dataset(name, **options))
     train = splits.pop("train", None) or splits.popitem()[1]
     held_out = splits.get("test") or splits.get("validation")
@@ -594,7 +602,8 @@ class Run:
         for sample in samples[:2]:
             if len(self.rows["metrics"]) == 1:
                 tqdm.write(f"{sample['prompt']}\n  reference: {sample['reference']}")
-            tqdm.write(f"  [{sample.get('reward', math.nan):5.2f}] {sample['response'].strip()}")
+            reward = f"[{sample['reward']:5.2f}] " if "reward" in sample else ""
+            tqdm.write(f"  {reward}{sample['response'].strip()}")
         self.seen = {}
         self.save()
 
@@ -664,7 +673,9 @@ def main(config_class: type[Config], train: Callable, docstring: str) -> None:
             distributed.barrier()
             distributed.destroy_process_group()
     except KeyboardInterrupt:
-        print(f"stopped; --resume {config.output_dir if config else ''} continues", file=sys.stderr)
+        is_begun = config and Path(config.output_dir, "config.json").expanduser().exists()
+        advice = f"; --resume {config.output_dir} continues" if is_begun else ""
+        print(f"\nstopped{advice}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if "--debug" in sys.argv:

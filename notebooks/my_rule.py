@@ -1,6 +1,7 @@
 """A rule of your own for choosing duels: change `my_rule`, and see in minutes whether it is good.
 
     python notebooks/my_rule.py simulate --seeds 10 [--taste 1]      # beside SEA's, no policy
+    python notebooks/my_rule.py simulate --seeds 2 --rules random my_rule
     for s in 0 1 2; do python notebooks/my_rule.py --gamma 1 --num_queries 512 --seed $s; done
 
 The example, of the mean head's best four the most disputed pair, looked good in a trial: +.05 of

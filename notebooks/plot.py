@@ -18,8 +18,11 @@ from collections import defaultdict
 from pathlib import Path
 from typing import NoReturn
 
-import drawing
-import matplotlib.pyplot as plt
+try:
+    import drawing
+    import matplotlib.pyplot as plt
+except ImportError as error:
+    sys.exit(f"error: {error}; pip install -r notebooks/requirements.txt")
 
 SCRIPTS = {"explore": "sea", "bonus": "selm", "sampler": "pilaf"}
 # Flags that make no other arm.

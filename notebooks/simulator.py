@@ -1,8 +1,8 @@
-"""SEA's choice of duels without a policy, in seconds: try your own rule (my_rule.py) here first.
+"""SEA's choice of duels without a policy, in seconds a run: try your rule (my_rule.py) here first.
 
     python notebooks/simulator.py --rules random bai ee uncertainty best_two --seeds 10
 
-Posts stay fixed, each with 20 SFT candidates; features and rewards are computed once and kept in
+Posts stay fixed, each with 20 SFT candidates; features and rewards take minutes, once, and stay in
 runs/simulator.pt (delete it when a model changes). A run trains the heads of sea.py on a rule's
 duels, with noisy labels. Its mean head is measured on other posts: `accuracy`, share of pairs of
 candidates that it orders as the oracle does; `share`, reward of its best of 20 minus the mean

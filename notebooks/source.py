@@ -48,8 +48,8 @@ def noticed(file: str, old: str, new: str, tests: str) -> str:
     if subprocess.run([sys.executable, "-c", "import pytest, xdist"]).returncode:
         return "pip install -r tests/requirements.txt, to see the tests"
     with tempfile.TemporaryDirectory() as name:
-        folder, unused = Path(name) / "copy", shutil.ignore_patterns(".git", "runs", "notebooks")
-        shutil.copytree(ROOT, folder, ignore=unused)
+        unused = shutil.ignore_patterns(".*", "*env", "runs", "notebooks")  # .venv is large
+        folder = shutil.copytree(ROOT, Path(name) / "copy", ignore=unused)
         source = (folder / file).read_text(encoding="utf-8")
         (folder / file).write_text(replaced(source, old, new), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-pno:cacheprovider"]

@@ -102,8 +102,8 @@ def main():
     every = [mutant for file in TESTS for mutant in mutants(file, set(args.functions))]
     chosen = random.Random(args.seed).sample(every, min(args.num, len(every)))
     with tempfile.TemporaryDirectory() as name:
-        folder, unused = Path(name) / "copy", shutil.ignore_patterns(".git", "runs", "results")
-        shutil.copytree(ROOT, folder, ignore=unused)
+        unused = shutil.ignore_patterns(".*", "*env", "runs", "results")
+        folder = shutil.copytree(ROOT, Path(name) / "copy", ignore=unused)
         for file in {file for file, *_ in chosen}:
             assert not is_killed(folder, file), f"the tests of {file} fail without a mutant"
         for file, what, source in chosen:

@@ -1,13 +1,15 @@
 """Does every mistake end in one line and exit code 2, and is the help of help?"""
 
 import shutil
+import signal
 import sys
 import typing
 
 import pytest
-from test_run import SCRIPTS, Rule, own_flags
+from test_run import SCRIPTS, Rule, own_flags, train
 
 import harness
+from common import UserError
 
 
 @pytest.fixture
@@ -67,10 +69,24 @@ def test_a_number_out_of_range_is_refused_by_name_and_0_where_it_has_no_meaning(
         ("selm --resume --overwrite", "--resume excludes --overwrite"),
         ("selm --learning_rate_factors -1 1 1", "--learning_rate_factors"),  # goes up the loss
         ("selm --learning_rate_factors 1 nan 1", "--learning_rate_factors"),
+        ("pilaf --dataset README.md", "README.md: not a json, jsonl, csv or parquet file"),
     ],
 )  # fmt: skip
 def test_a_command_that_cannot_be_meant_is_refused_by_name(command, said, refused):
     assert said in refused(*command.split())
+
+
+@pytest.mark.parametrize("script, name", [*zip(SCRIPTS, ("labels", "bonus", "sampler"))])
+def test_a_choice_that_a_notebook_makes_is_checked_as_a_command_lines_is(script, name):
+    """A misspelt rule of labels was taken for argmax."""
+    with pytest.raises(UserError, match=f"--{name} bernouli is none of .*, "):
+        SCRIPTS[script].Config(**{name: "bernouli"})
+
+
+def test_a_flag_given_again_at_its_default_is_not_overlooked(refused, flags):
+    train("pilaf", flags, beta=0.5)
+    words = f"pilaf --resume {flags['output_dir']} --num_queries 16"
+    assert "--beta 0.5, not 0.1" in refused(*words.split(), "--beta=0.1", **dict.fromkeys(flags))
 
 
 def test_a_run_of_another_script_is_not_resumed(refused, tmp_path):
@@ -104,10 +120,13 @@ def test_an_error_in_mid_run_is_not_garbled_by_the_progress_bar(refused):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_ctrl_c_ends_with_130_and_one_line_that_says_how_to_go_on(script, ends, flags):
+def test_ctrl_c_ends_with_130_and_a_line_on_how_to_go_on(script, ends, flags, monkeypatch):
     halting = type("Halting", (Rule,), {"stop_at": 5, "error": KeyboardInterrupt})
+    begun = type("Early", (Rule,), {"__init__": lambda *_: signal.raise_signal(signal.SIGINT)})
+    assert ends(script, oracle=begun) == ("stopped", 130)  # there is nothing to go on with
     line, code = ends(script, oracle=halting)
     assert code == 130 and f"--resume {flags['output_dir']}" in line
+    monkeypatch.setattr(sys, "argv", ["notebook"])
     config = SCRIPTS[script].Config(resume=flags["output_dir"])
     assert SCRIPTS[script].train(config, Rule(config)).oracle.queries == config.num_queries
 

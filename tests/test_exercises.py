@@ -115,6 +115,17 @@ def test_a_wrong_answer_and_the_cell_as_it_is_shipped_get_a_hint(place):
         assert said(*place, answer).startswith("not yet: "), answer
 
 
+def test_what_the_tests_notice_is_seen_in_a_copy_without_environments(tmp_path, monkeypatch):
+    """README's environment, .venv, is in the clone; copying it took minutes."""
+    for path, text in (("sea.py", "x = 1"), (".venv/a", ""), ("env/a", ""), ("tests/test_sea.py",
+        "import os\n\ndef test_x():\n    assert 'x = 1' in open('sea.py').read()\n\n"
+        "def test_y():\n    assert sorted(os.listdir()) == ['sea.py', 'tests']\n")):  # fmt: skip
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(text)
+    monkeypatch.setattr(source, "ROOT", tmp_path)
+    assert source.noticed("sea.py", "1", "2", "x or y") == "failed: test_x\npassed: 1"
+
+
 def test_a_function_is_broken_in_a_copy_and_only_where_its_source_says_so_once():
     numbers = torch.tensor([2.0]), torch.tensor([1.0]), 0.5, 0.1
     turned = source.broken(selm.bonus_loss, "y_logps - y_ref_logps", "y_ref_logps - y_logps")

@@ -21,7 +21,7 @@ FIGURES = re.findall(r"^\| `(\S+)` \| `(\w+)` \| (\S+) ± (\S+) \|$", LAB, re.M)
 def done(tmp_path_factory) -> tuple[Path, dict[str, str]]:
     """The copy, and what each command printed, by its words."""
     folder, printed = tmp_path_factory.mktemp("lab") / "copy", {}
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", "runs", "results"))
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "*env", "runs", "results"))
     options = dict(cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
     for words in COMMANDS:
         printed[" ".join(words)] = subprocess.check_output([sys.executable, *words], **options)
