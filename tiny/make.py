@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make the miniature world of this folder: posts, a policy to improve, and a picky annotator.
 
-    python tiny/make.py      # about 15 minutes of one core (its stages were timed apart)
+    python tiny/make.py      # 15 to 40 minutes of one core
 
 Two of its training stages on models and data of your own, for instance a triple of 160M weights:
 
