@@ -4,10 +4,10 @@
     python notebooks/my_rule.py simulate --seeds 2 --rules random my_rule
     for s in 0 1 2; do python notebooks/my_rule.py --gamma 1 --num_queries 512 --seed $s; done
 
-The example, of the mean head's best four the most disputed pair, looked good in a trial: +.05 of
-share over bai at 256 to 512 labels in six seeds of one taste; of ten more varied tastes nothing was
-left. Believe a rule that beats `bai` *and* `best_two` in two tastes, in the loop as well, on seeds
-that you had not seen when you made it.
+The example, of the mean head's best four the most disputed pair, looked good: 1.84 times fewer
+labels than random duels, where bai has 1.66 (ten seeds). In a second taste nothing was left of it,
+1.03 and 1.15. Believe a rule that beats `bai` *and* `best_two` in two tastes, in the loop as well,
+on seeds that you had not seen when you made it.
 """
 
 import sys
