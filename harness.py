@@ -99,8 +99,9 @@ class Config:
 
     def take_saved_flags(self) -> None:
         """The flags of the run in --output_dir; of those given only --num_queries may differ."""
-        is_command = Path(sys.argv[0]).stem == self.script  # which may give a flag at its default
-        words = [word.split("=")[0] for word in sys.argv] if is_command else []
+        # On a command line a flag may be given at its default, as --beta=0.1 or --max-grad-norm 1.
+        words = sys.argv[1:] if Path(sys.argv[0]).stem == self.script else []
+        named = {word[2:].split("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
         path = Path(self.output_dir).expanduser() / "config.json"
         require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
         about = json.loads(path.read_text())
@@ -108,7 +109,7 @@ class Config:
         require(is_own, f"--resume: {path.parent} holds another script's run")
         for known in [f for f in fields(self) if f.name not in self.unsaved]:
             given, old = getattr(self, known.name), saved[known.name]
-            if given == known.default and f"--{known.name}" not in words:  # not given
+            if given == known.default and known.name not in named:
                 setattr(self, known.name, old)
             elif known.name != "num_queries" or given < old:
                 require(given == old, f"--resume: the run has --{known.name} {old}, not {given}")

@@ -85,8 +85,9 @@ def test_a_choice_that_a_notebook_makes_is_checked_as_a_command_lines_is(script,
 
 def test_a_flag_given_again_at_its_default_is_not_overlooked(refused, flags):
     train("pilaf", flags, beta=0.5)
-    words = f"pilaf --resume {flags['output_dir']} --num_queries 16"
-    assert "--beta 0.5, not 0.1" in refused(*words.split(), "--beta=0.1", **dict.fromkeys(flags))
+    words, nothing = f"pilaf --resume {flags['output_dir']} --num_queries 16", dict.fromkeys(flags)
+    assert "--beta 0.5, not 0.1" in refused(*words.split(), "--beta=0.1", **nothing)
+    assert "--batch_size 4, not 16" in refused(*words.split(), "--batch-size", "16", **nothing)
 
 
 def test_a_run_of_another_script_is_not_resumed(refused, tmp_path):
@@ -122,8 +123,8 @@ def test_an_error_in_mid_run_is_not_garbled_by_the_progress_bar(refused):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_ctrl_c_ends_with_130_and_a_line_on_how_to_go_on(script, ends, flags, monkeypatch):
     halting = type("Halting", (Rule,), {"stop_at": 5, "error": KeyboardInterrupt})
-    begun = type("Early", (Rule,), {"__init__": lambda *_: signal.raise_signal(signal.SIGINT)})
-    assert ends(script, oracle=begun) == ("stopped", 130)  # there is nothing to go on with
+    early = type("Early", (Rule,), {"__init__": lambda *_: signal.raise_signal(signal.SIGINT)})
+    assert ends(script, oracle=early) == ("stopped", 130)  # there is nothing to go on with
     line, code = ends(script, oracle=halting)
     assert code == 130 and f"--resume {flags['output_dir']}" in line
     monkeypatch.setattr(sys, "argv", ["notebook"])
