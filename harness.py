@@ -44,7 +44,7 @@ class Config:
     ref_model: str | None = flag(None, "reference model, which is never trained (as --model)")
     dataset: str = flag("./tiny", "prompts: a folder, a json, jsonl, csv or parquet file, a hub id")
     reward_model: str = flag("./tiny/reward_model", "the oracle: a folder or a hub id")
-    output_dir: str | None = flag(None, "folder of the run (runs/SCRIPT-ARM-SEED)")
+    output_dir: str | None = flag(None, "folder of the run (runs/SCRIPT-ARM-CHANGED_FLAGS-SEED)")
     seed: int = flag(0, "of every random stream")
     num_queries: int | None = flag(None, "labels to ask of the oracle, at most (2048)")
     batch_size: int = flag(16, "prompts a round (SEA: 128; SELM: 128 or 256)")
@@ -77,8 +77,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.resume is None or not self.overwrite, "--resume excludes --overwrite")
-        default_folder = f"runs/{self.script}-{getattr(self, self.arm)}-{self.seed}"
-        self.output_dir = self.resume or self.output_dir or default_folder
+        self.output_dir = self.resume or self.output_dir or self.default_folder()
         if self.resume is not None:
             self.take_saved_flags()
         self.ref_model = self.ref_model or self.model
@@ -88,14 +87,20 @@ class Config:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.micro_batch_size is None:  # Pythia-410m at TL;DR's lengths fits into 16 GB
             self.micro_batch_size = 64 if self.device == "cpu" else 8
-        for name, value in vars(self).items():
-            is_zero = value == 0 and name in self.may_be_zero
-            if type(value) in (int, float) and not is_zero:
-                require(0 < value < math.inf, f"--{name} {value} is out of range")
         for known in fields(self):  # argparse has checked a command line, but no notebook
+            name, value, choices = known.name, getattr(self, known.name), get_args(known.type)
+            if type(value) in (int, float) and (value != 0 or name not in self.may_be_zero):
+                require(0 < value < math.inf, f"--{name} {value} is out of range")
             if get_origin(known.type) is Literal:
-                value, choices = getattr(self, known.name), get_args(known.type)
-                require(value in choices, f"--{known.name} {value} is none of {', '.join(choices)}")
+                require(value in choices, f"--{name} {value} is none of {', '.join(choices)}")
+
+    def default_folder(self) -> str:
+        words = [self.script, getattr(self, self.arm)]
+        for known in [f for f in fields(self) if f.name not in (self.arm, "seed", *self.unsaved)]:
+            value = getattr(self, known.name)
+            if value != known.default:
+                words.append(known.name + "=" + re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)))
+        return f"runs/{'-'.join(words)[:200]}-{self.seed}"  # no disk takes any length
 
     def take_saved_flags(self) -> None:
         """The flags of the run in --output_dir; of those given only --num_queries may differ."""
