@@ -507,7 +507,8 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     print(f"policy     {config.model}, {policy.num_parameters():,} weights")
     print(f"reference  {config.ref_model}")
     print(f"oracle     {judge}, --labels {config.labels}; win rate against the {compared_with}")
-    print(f"prompts    {len(prompts)} to train on, {len(held_out)} held out, {limits}")
+    sizes = f"{len(prompts)} to train on, {len(held_out)} held out"
+    print(f"prompts    {config.dataset}, {sizes}, {limits}")
     print(f"run        {config.num_queries} labels into {folder}, on {config.device}")
     return Task(policy, ref_model, tokenizer, prompts, held_out, oracle)
 

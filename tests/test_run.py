@@ -350,8 +350,9 @@ def test_micro_batches_are_small_on_a_gpu_unless_somebody_says_otherwise(device,
 
 
 def test_the_start_says_what_the_run_uses(flags, capsys):
-    names = (flags["model"], flags["reward_model"], f"{flags['dataset']}/erm_backbone")
-    numbers = ("40 to train on", "5 held out", "48 tokens", "at most 6", "20 heads", "12 labels")
+    data = flags["dataset"]
+    names = (flags["model"], flags["reward_model"], f"{data}/erm_backbone", f"{data}, 40 to train")
+    numbers = ("5 held out", "48 tokens", "at most 6", "20 heads", "12 labels")
     train("sea", flags)
     out = capsys.readouterr().out
     assert all(said in out for said in (*names, *numbers, "against the reference"))
