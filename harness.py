@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
@@ -661,9 +662,11 @@ def in_one_line(error: Exception, config: Config | None) -> str:
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, UserError):
         return line
-    names = ("model", "ref_model", "dataset", "reward_model", "erm_backbone", "output_dir")
+    names = "model ref_model dataset reward_model erm_backbone output_dir device".split()
     flags = [(name, getattr(config, name)) for name in names if hasattr(config, name)]
-    known = [(name, value) for name, value in flags if value in str(error)]
+    calls = [call.name for call in traceback.extract_tb(error.__traceback__)]
+    said = f"{error} {config.dataset if 'load_prompts' in calls else ''}".lower()
+    known = [(name, value) for name, value in flags if value.lower() in said]
     start = "--{} {}: ".format(*max(known, key=lambda flag: len(flag[1]))) if known else ""
     return f"{start}{line} ({type(error).__name__}, see --debug)"
 

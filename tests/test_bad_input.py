@@ -112,8 +112,12 @@ def test_a_path_is_named_with_its_flag_if_nothing_is_there_or_a_library_fails(
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_damaged_data_set_is_refused(text, suffix, refused, tmp_path):
     (tmp_path / f"data.{suffix}").write_text(text)
-    line = refused("pilaf", dataset=tmp_path / f"data.{suffix}")
-    assert line.startswith("--dataset") or "see --debug" in line
+    data = tmp_path / f"data.{suffix}"
+    assert refused("pilaf", dataset=data).startswith(f"--dataset {data}: ")
+
+
+def test_a_device_that_is_not_there_is_refused_with_its_flag(refused):
+    assert refused("pilaf", device="cud").startswith("--device cud: ")
 
 
 def test_an_error_in_mid_run_is_not_garbled_by_the_progress_bar(refused):
