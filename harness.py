@@ -78,6 +78,8 @@ class Config:
 
     def __post_init__(self) -> None:
         require(self.resume is None or not self.overwrite, "--resume excludes --overwrite")
+        is_one = not self.resume or self.output_dir in (None, self.resume)
+        require(is_one, "--resume names another folder than --output_dir")
         self.output_dir = self.resume or self.output_dir or self.default_folder()
         if self.resume is not None:
             self.take_saved_flags()
@@ -108,11 +110,11 @@ class Config:
         # On a command line a flag may be given at its default, as --beta=0.1 or --max-grad-norm 1.
         words = sys.argv[1:] if Path(sys.argv[0]).stem == self.script else []
         named = {word[2:].split("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
-        path = Path(self.output_dir).expanduser() / "config.json"
-        require(path.exists(), f"--resume: {path.parent} holds no run; --resume FOLDER names one")
-        about = json.loads(path.read_text())
+        folder = Path(self.output_dir).expanduser()
+        require(holds_run(folder), f"--resume: {folder} holds no run; --resume FOLDER names one")
+        about = json.loads((folder / "config.json").read_text())
         is_own, saved = about["script"] == self.script, about["flags"]
-        require(is_own, f"--resume: {path.parent} holds another script's run")
+        require(is_own, f"--resume: {folder} holds another script's run")
         for known in [f for f in fields(self) if f.name not in self.unsaved]:
             given, old = getattr(self, known.name), saved[known.name]
             if given == known.default and known.name not in named:
@@ -207,7 +209,7 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
         is_known = name in ("json", "csv", "parquet")
         require(is_known, f"--dataset {config.dataset}: not a json, jsonl, csv or parquet file")
     splits = dict(datasets.load_dataset(name, **options))
-    train = splits.pop("train", None) or splits.popitem()[1]
+    train = splits.pop("train" if "train" in splits else next(iter(splits)))
     held_out = splits.get("test") or splits.get("validation")
     if not held_out:
         require(len(train) > 1, f"--dataset {config.dataset} has one row: none is left to hold out")
@@ -265,7 +267,24 @@ def next_prompts(prompts: Batch, start: int, count: int, seed: int) -> Batch:
     return prompts.select(torch.cat(order)[start % size :][:count])
 
 
+def count_iterations(config: Config, labels: int, num_steps: int) -> int:
+    """How many iterations of so many labels and gradient steps the budget pays for; --resume with
+    more --num_queries adds further ones of the same length."""
+    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s); "
+    wrong += "lower it or --batch_size, or raise --num_queries"
+    require(config.warmup_steps < num_steps, wrong)
+    more = config.num_queries - config.planned_queries
+    require(more == 0 or more >= labels, f"--num_queries: an iteration more takes {labels} labels")
+    return config.num_iterations + more // labels
+
+
 # ---------------------------------------------------------------- the oracle
+
+
+def holds_run(folder: Path) -> bool:
+    """Not every folder with a config.json does: a model's has one too."""
+    path = folder / "config.json"
+    return path.exists() and "script" in json.loads(path.read_text())
 
 
 def is_first() -> bool:
@@ -296,7 +315,7 @@ class Oracle:
     block_size = 1  # questions scored at once: what comes one by one is kept one by one
 
     def __init__(self, config: Config) -> None:
-        self.config, self.queries, self.num_answers, self.path = config, 0, 0, None
+        self.config, self.queries, self.num_lines, self.path = config, 0, 0, None
         self.bought = defaultdict(list)  # (prompt, *texts) -> answers that were not used yet
 
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor | None:
@@ -306,19 +325,21 @@ class Oracle:
         """Is the first of two texts better, (B,)? By SEA's Eq. 3, Bradley-Terry, with probability
         sigmoid(r1 - r2); with --labels argmax the larger reward wins, a tie by a coin. `rewards`
         (B, 2) are `score`'s, or None."""
+        require(rewards is not None, "an oracle needs `score` or `prefer`")
         gap = rewards[:, 0] - rewards[:, 1]
         probability = gap.sigmoid() if self.config.labels == "bernoulli" else (gap.sign() + 1) / 2
         rng = generator(self.config.seed, "labels", self.queries)
         return torch.rand(len(gap), generator=rng) < probability
 
-    def open(self, path: Path, num_used: int) -> None:
-        """Append answers to `path`; those after the first `num_used` were bought, but not used."""
+    def open(self, path: Path, queries: int, num_lines: int, unused: list[dict]) -> None:
+        """Append answers to `path`. After its first `num_lines`, of which some are still `unused`,
+        come those that were bought, and not used before the run stopped."""
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        text = text[: text.rfind("\n") + 1]  # a crash may have cut the last line
-        rewrite(path, text)
-        self.path, self.num_answers = path, num_used
-        for line in text.split("\n")[num_used:-1]:
-            row = json.loads(line)
+        lines = text.split("\n")[:-1]  # a crash may have cut the last one
+        rewrite(path, "".join(line + "\n" for line in lines))
+        self.queries, self.num_lines, self.path = queries, len(lines), path
+        self.bought.clear()
+        for row in [*unused, *map(json.loads, lines[num_lines:])]:
             self.bought[row["prompt"], *row["texts"]].append(row)
 
     def ask(self, prompts: list, texts: list, costs: list, noise: Tensor | None) -> list[dict]:
@@ -339,10 +360,11 @@ class Oracle:
                     answer = (own[0] + noise[i]).tolist()
                 rows[i] = {"prompt": prompts[i], "texts": texts[i], "answer": answer}
                 rows[i]["rewards"] = None if own is None else own[0].tolist()
+                self.num_lines += 1
                 if self.path and is_first():
                     with open(self.path, "a", encoding="utf-8") as file:  # closed, hence flushed
                         file.write(to_lines([rows[i]]))
-        self.queries, self.num_answers = start + sum(costs), self.num_answers + len(rows)
+        self.queries = start + sum(costs)
         return rows
 
     def label(self, prompts: list[str], duels: list[list[str]]) -> tuple[Tensor, Tensor | None]:
@@ -369,6 +391,10 @@ class RewardModelOracle(Oracle):
         dtype = torch.bfloat16 if config.device.startswith("cuda") else torch.float32
         self.model, self.tokenizer = load_pretrained(auto_class, "reward_model", config, dtype)
         require(self.model.config.num_labels == 1, "--reward_model has several labels, not one")
+        length = config.max_prompt_length + config.max_new_tokens
+        self.context = getattr(self.model.config, "max_position_embeddings", math.inf)
+        self.where = f"--reward_model {config.reward_model} reads {self.context} tokens"
+        require(self.context >= length, f"{self.where}, prompt and response have {length}")
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.config.use_cache = False
 
@@ -381,8 +407,7 @@ class RewardModelOracle(Oracle):
                      for x, y in pairs]  # fmt: skip
             texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
         ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
-        context = getattr(self.model.config, "max_position_embeddings", math.inf)
-        require(max(map(len, ids)) <= context, f"--reward_model reads {context} tokens at most")
+        require(max(map(len, ids)) <= self.context, f"{self.where}, a text here has more")
 
         def rewards(rows: Tensor) -> Tensor:
             batch = {"input_ids": [ids[i] for i in rows]}
@@ -484,9 +509,11 @@ def load(config: Config, oracle: Oracle | None) -> Task:
     """Load what a run needs, and say what it is. Without references in the data set, samples of the
     initial policy stand in."""
     folder = Path(config.output_dir).expanduser()
-    is_meant = config.resume is not None or config.overwrite
+    is_meant, is_run = config.resume is not None or config.overwrite, holds_run(folder)
     ways = f"--overwrite it, continue it with --resume {folder}, or name another --output_dir"
-    require(is_meant or not (folder / "config.json").exists(), f"{folder} holds a run: {ways}")
+    require(is_meant or not is_run, f"{folder} holds a run: {ways}")
+    is_free = is_run or not (folder / "config.json").exists()
+    require(is_free, f"--output_dir {folder} holds no run, but another's config.json")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else 1 GB of CPU kernels
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, thus each token
     policy, ref_model, tokenizer = load_policies(config)
@@ -538,8 +565,8 @@ class Run:
         self.folder = Path(config.output_dir).expanduser()
         self.round, self.seen = 0, {}  # what was recorded since the last row of metrics
         self.rows = {"metrics": [], "preferences": [], "samples": []}
-        if config.overwrite and is_first() and (self.folder / "config.json").exists():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if config.overwrite and is_first() and holds_run(self.folder):
+            shutil.rmtree(self.folder)
         if common.ranks()[1] > 1:
             distributed.barrier()
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -554,16 +581,16 @@ class Run:
         self.bar.n = oracle.queries
 
     def load(self) -> None:
-        """Go back to the checkpoint, if there is one."""
-        path, num_answers = self.folder / "checkpoint.pt", 0
-        if path.exists():
+        """With --resume go back to the checkpoint, if there is one."""
+        path, labels = self.folder / "checkpoint.pt", (0, 0, [])
+        if path.exists() and self.config.resume is not None:
             state = torch.load(path, map_location="cpu", weights_only=True)
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             vars(self).update(state["run"])
             vars(self.counts).update(state["counts"])
-            self.oracle.queries, num_answers = state["labels"]
-        self.oracle.open(self.folder / "labels.jsonl", num_answers)
+            labels = state["labels"]
+        self.oracle.open(self.folder / "labels.jsonl", *labels)
 
     def save(self) -> None:
         """Write the JSONL files and, last, checkpoint.pt: there is always a whole one."""
@@ -573,7 +600,8 @@ class Run:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state["run"] = {name: vars(self)[name] for name in ("round", "seen", "rows")}
             state["counts"] = vars(self.counts)
-            state["labels"] = (self.oracle.queries, self.oracle.num_answers)
+            unused = sum(self.oracle.bought.values(), [])
+            state["labels"] = (self.oracle.queries, self.oracle.num_lines, unused)
             torch.save(state, self.folder / "checkpoint.tmp")
             os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
@@ -683,7 +711,7 @@ def main(config_class: type[Config], train: Callable, docstring: str) -> None:
             distributed.barrier()
             distributed.destroy_process_group()
     except KeyboardInterrupt:
-        is_begun = config and Path(config.output_dir, "config.json").expanduser().exists()
+        is_begun = config and holds_run(Path(config.output_dir).expanduser())
         advice = f"; --resume {config.output_dir} continues" if is_begun else ""
         print(f"\nstopped{advice}", file=sys.stderr)
         sys.exit(130)

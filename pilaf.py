@@ -253,20 +253,16 @@ def pair_loss(
 
 
 def plan(config: Config) -> tuple[int, int, int | None]:
-    """Labels a prompt, prompts of an iteration (online: of a round), and how many iterations the
-    budget pays for; --resume with more --num_queries adds further ones of the same length."""
+    """Labels a prompt, prompts of an iteration (online: of a round), number of iterations."""
     cost = config.num_candidates if config.sampler == "best_of_n_oracle" else 1
+    require(cost <= config.planned_queries, f"a prompt takes {cost} labels: raise --num_queries")
     if not config.num_iterations:
         return cost, config.batch_size, None
     labels = config.planned_queries // config.num_iterations
     num_prompts = labels // cost
     require(num_prompts, f"--num_queries {config.planned_queries} pays for no prompt an iteration")
     num_steps = math.ceil(num_prompts / config.batch_size) * config.num_epochs
-    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s); "
-    wrong += "lower it or --batch_size, or raise --num_queries"
-    require(config.warmup_steps < num_steps, wrong)
-    added = (config.num_queries - config.planned_queries) // labels
-    return cost, num_prompts, config.num_iterations + added
+    return cost, num_prompts, harness.count_iterations(config, labels, num_steps)
 
 
 def train_iteration(

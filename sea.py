@@ -142,7 +142,7 @@ class EpistemicRewardModel(nn.Module):
         have a standard deviation over heads of `prior_std` logits (root mean square)."""
         flat = features[is_distinct]  # (n, D)
         is_pair = is_distinct[:, 1:] & is_distinct[:, :-1]  # (B, N - 1)
-        if self.is_calibrated or not is_pair.any():
+        if self.is_calibrated or not features.diff(dim=1)[is_pair].any():
             return
         self.mean.copy_(flat.mean(0))
         std = flat.std(0)  # a dimension that does not vary yet gets the usual scale
@@ -313,7 +313,7 @@ def best_of_n_metrics(
     rewards = task.oracle.score(batch.columns["prompt"], texts)  # (B, 1)
     require(rewards is not None, "--best_of_n needs an oracle with `score`")
     metrics = harness.win_metrics(rewards[:, 0], torch.tensor(batch.columns["reference_reward"]))
-    metrics["reward"] = rewards.mean().item()
+    metrics["reward"] = rewards.double().mean().item()
     return {f"best_of_n_{name}": value for name, value in metrics.items()}
 
 

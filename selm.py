@@ -208,10 +208,7 @@ def xpo_pairs(
 
 
 def plan(config: Config, prompts: Batch) -> tuple[int, int]:
-    """How many iterations the budget pays for, and how many prompts each has.
-
-    An iteration that --resume adds with a larger --num_queries is as long as the others were.
-    """
+    """How many iterations the budget pays for, and how many prompts each has."""
     num_texts = len({"reference", "other"} & prompts.columns.keys()) + num_samples(config, prompts)
     cost = 1 if config.bonus == "xpo" else comparisons(num_texts)
     where, num_iterations = f"--dataset {config.dataset}", config.num_iterations
@@ -223,10 +220,7 @@ def plan(config: Config, prompts: Batch) -> tuple[int, int]:
     few = f"{where} has {size} prompts an iteration, and --num_queries needs {num_prompts}"
     require(num_prompts <= size, few)
     num_steps = math.ceil(num_prompts / config.batch_size)
-    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s); "
-    wrong += "lower it or --batch_size, or raise --num_queries"
-    require(config.warmup_steps < num_steps, wrong)
-    return num_iterations + (config.num_queries - config.planned_queries) // labels, num_prompts
+    return harness.count_iterations(config, labels, num_steps), num_prompts
 
 
 def slice_of(prompts: Batch, t: int, config: Config) -> Batch:

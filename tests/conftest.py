@@ -86,7 +86,7 @@ def flags(folder, tmp_path) -> dict:
     return dict(
         model=str(folder / "sft"), dataset=str(folder), reward_model=str(folder / "reward_model"),
         output_dir=str(tmp_path / "run"), num_queries=12, batch_size=4, max_prompt_length=48,
-        max_new_tokens=6, eval_every=4, eval_prompts=5, checkpoint_every=1, warmup_steps=0,
+        max_new_tokens=6, eval_every=4, eval_prompts=5, checkpoint_every=1, warmup_steps=0, seed=3,
     )  # fmt: skip
 
 

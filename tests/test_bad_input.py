@@ -65,8 +65,10 @@ def test_a_number_out_of_range_is_refused_by_name_and_0_where_it_has_no_meaning(
     [
         ("pilaf --labels often", "--labels"), ("sea --seed 0.5", "--seed"),
         ("pilaf --bet 1", "--bet"), ("selm stray", "stray"), ("sea --device abacus", "abacus"),
-        ("pilaf --resume", "holds no run"), ("sea --resume nowhere", "nowhere holds no run"),
+        ("pilaf --resume", "holds no run"),
         ("selm --resume --overwrite", "--resume excludes --overwrite"),
+        ("selm --resume elsewhere", "--resume names another folder than --output_dir"),
+        ("pilaf --sampler best_of_n_oracle --num_candidates 13", "a prompt takes 13 labels"),
         ("selm --learning_rate_factors -1 1 1", "--learning_rate_factors"),  # goes up the loss
         ("selm --learning_rate_factors 1 nan 1", "--learning_rate_factors"),
         ("pilaf --dataset README.md", "README.md: not a json, jsonl, csv or parquet file"),

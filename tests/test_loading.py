@@ -1,5 +1,6 @@
 """Which models and data sets are read, and read rightly? What cannot be is refused in words."""
 
+import shutil
 from pathlib import Path
 
 import datasets
@@ -7,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import make_model, make_tokenizer, rows
-from test_run import config_of, train, write
+from test_run import change, config_of, train, write
 
 import harness
 from common import UserError
@@ -51,12 +52,15 @@ def test_a_file_of_each_kind_is_read_and_its_last_rows_are_held_out(kind, flags,
         load(flags, dataset=write(tmp_path / "one.jsonl", [{"prompt": "cat"}]))
 
 
-@pytest.mark.parametrize("splits, used", [("train validation test", "test"), ("train dev", "dev")])
+@pytest.mark.parametrize(
+    "splits, used",
+    [("train validation test", "test"), ("train dev", "dev"), ("validation test", "test")],
+)
 def test_the_test_split_of_a_folder_is_held_out_else_validation(splits, used, flags, tmp_path):
     for name in splits.split():
         write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} cat {i}"} for i in range(8)])
     prompts, held_out, _ = load(flags, dataset=str(tmp_path))
-    assert prompts.columns["prompt"] == [f"train cat {i}" for i in range(8)]
+    assert prompts.columns["prompt"] == [f"{splits.split()[0]} cat {i}" for i in range(8)]
     assert held_out.columns["prompt"] == [f"{used} cat {i}" for i in range(5)]  # --eval_prompts
 
 
@@ -73,6 +77,16 @@ def test_prompts_are_padded_left_and_dropped_with_a_count_if_too_long(flags, tmp
         assert mask.tolist() == [0] * (len(ids) - len(real)) + [1] * len(real)
     with pytest.raises(UserError, match="--max_prompt_length 2"):
         load(flags, max_prompt_length=2)
+
+
+def test_the_order_of_prompts_changes_with_seed_and_epoch_and_an_epoch_has_each_once(flags):
+    prompts, *_ = load(flags)
+    stretches = [(start, seed) for seed in (0, 1) for start in (0, 40)]
+    orders = [tuple(harness.next_prompts(prompts, start, 40, seed).columns["prompt"])
+              for start, seed in stretches]  # fmt: skip
+    assert len(set(orders)) == 4 and {*map(frozenset, orders)} == {frozenset(orders[0])}
+    across = harness.next_prompts(prompts, 35, 10, 0).columns["prompt"]  # two epochs' prompts
+    assert len(set(orders[0])) == 40 and across == [*orders[0][35:], *orders[1][:5]]
 
 
 @pytest.mark.parametrize("prompt", ["", " \n", None, 3, ["cat", "dog"], {"text": "cat"}])
@@ -155,6 +169,15 @@ def test_a_model_that_misreads_packed_rows_is_refused(family, sizes, flags, tmp_
         harness.load_policies(config_of("pilaf", flags, model=name))
 
 
+def test_samples_that_stand_in_for_references_change_with_the_seed(flags, tmp_path):
+    data = write(tmp_path / "data.jsonl", [{"prompt": f"The cat {i}:"} for i in range(20)])
+    found = set()
+    for seed in (0, 1):
+        task = harness.load(config_of("pilaf", flags, dataset=data, seed=seed), None)
+        found.add(tuple(task.held_out.columns["reference"]))
+    assert len(found) == 2 and len(set().union(*found)) > 5
+
+
 @pytest.mark.parametrize("name", ["ref_model", "erm_backbone"])
 def test_a_short_context_and_another_vocabulary_are_refused(name, flags, tmp_path):
     short = save(gpt2(53), tmp_path / "short")  # 48 + 6 are needed
@@ -166,12 +189,18 @@ def test_a_short_context_and_another_vocabulary_are_refused(name, flags, tmp_pat
         train("sea", flags, **{name: other})
 
 
-def test_no_reward_model_several_labels_and_a_model_without_eos_are_refused(flags, tmp_path):
+def test_no_or_a_short_reward_model_several_labels_and_a_model_without_eos_are_refused(
+    flags, tmp_path
+):
     with pytest.raises(UserError, match="--reward_model .*sft lacks weights.*score.weight"):
         train("pilaf", flags, reward_model=flags["model"])
     two = make_model(CLASSIFIER, "gpt_neox", 0, num_labels=2, pad_token_id=0)
     with pytest.raises(UserError, match="--reward_model has several labels"):
         train("pilaf", flags, reward_model=save(two, tmp_path / "two"))
+    short = shutil.copytree(flags["reward_model"], tmp_path / "short")
+    change(short / "config.json", max_position_embeddings=53)
+    with pytest.raises(UserError, match="--reward_model .*short reads 53 tokens.* 54"):
+        train("pilaf", flags, reward_model=str(short))
     endless = save(gpt2(), tmp_path / "endless", eos_token=None)
     with pytest.raises(UserError, match=f"--model {endless} has no EOS"):
         train("pilaf", flags, model=endless)

@@ -141,6 +141,18 @@ def test_a_half_written_last_line_is_dropped_and_its_question_asked_again(flags,
     assert contents(path.parent) == contents(tmp_path / "whole")
 
 
+def test_a_resumed_run_that_asks_in_another_order_keeps_all_that_it_bought(flags, tmp_path):
+    """On a GPU rounds are not quite repeated: B and C, bought before the crash, are still there."""
+    start, asked, states = (0, 0, []), [], []
+    for questions in ("ABC", "AX", "XCB"):  # the crash comes after the first, before a checkpoint
+        oracle = Rule(config_of("pilaf", flags))
+        oracle.open(tmp_path / "labels.jsonl", *(states[-1] if len(states) == 2 else start))
+        oracle.label(list(questions), [[question, "no"] for question in questions])
+        states.append((oracle.queries, oracle.num_lines, sum(oracle.bought.values(), [])))
+        asked.append("".join(prompt for prompt, _ in oracle.asked))
+    assert asked == ["ABC", "X", "X"] and states[-1] == (5, 5, [])
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_texts_with_line_separators_survive_a_crash(script, flags, tmp_path):
     """U+2028 and U+0085, which web pages are full of, end a line in Python, but not in a file."""

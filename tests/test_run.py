@@ -247,7 +247,7 @@ def test_a_finished_run_gains_nothing_by_resuming_and_moved_goes_on_with_a_large
     SCRIPTS[script].train(again, oracle := Rule(again))
     assert contents(folder) == before and not oracle.asked
     folder, budget = shutil.move(folder, tmp_path / "moved"), again.num_queries
-    for name, old, new in (("num_queries", budget, 11), ("beta", 0.1, 0.2), ("seed", 0, 3)):
+    for name, old, new in (("num_queries", budget, 11), ("beta", 0.1, 0.2), ("seed", 3, 4)):
         with pytest.raises(common.UserError, match=f"--{name} {old}, not {new}"):
             config_class(resume=str(folder), **{name: new})
     more = config_class(resume=str(folder), num_queries=2 * budget)
@@ -332,6 +332,30 @@ def test_a_run_is_overwritten_only_when_asked_for_and_what_is_no_run_never(flags
     with contextlib.suppress(common.UserError):
         train("pilaf", flags, output_dir=str(tmp_path), overwrite=True)
     assert (tmp_path / "thesis.txt").read_text() == "mine"
+    model = shutil.copytree(flags["model"], tmp_path / "other")  # it has a config.json too
+    for more in ({}, {"overwrite": True}, {"resume": ""}):
+        with pytest.raises(common.UserError, match="holds no run"):
+            train("pilaf", flags, output_dir=str(model), **more)
+    names = [path.name for path in sorted(Path(flags["model"]).iterdir())]
+    assert [path.name for path in sorted(model.iterdir())] == names
+    assert (model / "config.json").read_bytes() == Path(flags["model"], names[0]).read_bytes()
+
+
+def test_a_checkpoint_without_a_config_is_not_continued(flags, tmp_path):
+    folder = train("pilaf", flags)
+    (folder / "config.json").unlink()
+    (folder / "labels.jsonl").unlink()
+    train("pilaf", flags, seed=1)
+    fresh = train("pilaf", flags, seed=1, output_dir=str(tmp_path / "fresh"))
+    assert contents(folder) == contents(fresh)
+
+
+def test_an_oracle_object_of_another_run_starts_at_no_label(flags, tmp_path):
+    oracle = Rule(config_of("pilaf", flags))
+    pilaf.train(oracle.config, oracle)
+    folder = pilaf.train(config_of("pilaf", flags, overwrite=True), oracle).folder
+    whole = train("pilaf", flags, Rule, output_dir=str(tmp_path / "whole"))
+    assert contents(folder) == contents(whole)
 
 
 def test_the_default_folder_names_script_arm_changed_flags_and_seed():

@@ -262,6 +262,9 @@ def test_a_plan_shares_the_labels_out_and_what_does_not_fit_is_refused(columns, 
     for raise_by, num_iterations in ((0, 3), (20 * cost - 1, 4), (1, 5)):  # as --resume does
         config.num_queries += raise_by
         assert selm.plan(config, prompts) == (num_iterations, 10)
+    config.num_queries = config.planned_queries + 10 * cost - 1
+    with pytest.raises(UserError, match=f"an iteration more takes {10 * cost} labels"):
+        selm.plan(config, prompts)
     wrong = dict(num_queries=33 * cost), dict(num_queries=3 * cost - 1), dict(warmup_steps=3)
     for flags, words in zip(wrong, ("needs 11", "pays for no prompt", "--warmup_steps 3")):
         with pytest.raises(UserError, match=words):
