@@ -63,16 +63,16 @@ def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
 def dealt(function: Callable[[Tensor], Any], parts: tuple[Tensor, ...]) -> list[Any]:
     """`function(rows)` of all parts, in order: of several processes each computes every n-th and
     sends what came out, or what went wrong, to the others. All else they do alike."""
-    (rank, num_ranks), results, error = ranks(), [], None
+    (rank, num_ranks), results, error, cause = ranks(), [], None, None
     try:
         results = [function(rows) for rows in parts[rank::num_ranks]]
     except Exception as problem:
-        error = UserError(f"process {rank}: {problem}")
+        error, cause = UserError(f"process {rank}: {problem}"), problem
     everyone = [None] * num_ranks
     distributed.all_gather_object(everyone, (results, error))
     for _, error in everyone:
         if error:
-            raise error
+            raise error from cause
     return [everyone[n % num_ranks][0][n // num_ranks] for n in range(len(parts))]
 
 

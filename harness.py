@@ -61,7 +61,7 @@ class Config:
     eval_prompts: int = flag(256, "held-out prompts an evaluation")
     checkpoint_every: int = flag(20, "rounds between checkpoints")
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    micro_batch_size: int | None = flag(None, "prompts a forward pass, bounds memory (8; CPU: 64)")
+    micro_batch_size: int | None = flag(None, "prompts a forward pass (8; SELM 4; CPU 64)")
     gradient_checkpointing: bool = flag(False, "less memory, more time")
     prompt_column: str = flag("prompt", "of the data set")
     reference_column: str = flag("reference", "of the data set: a response to compare with")
@@ -72,6 +72,7 @@ class Config:
     planned_queries: int | None = field(default=None, init=False)
 
     script, arm = "run", "labels"  # the default folder is named after the script and this flag
+    gpu_micro_batch_size = 8  # Pythia-410m at TL;DR's lengths fits into 16 GB
     may_be_zero = ("seed", "learning_rate", "warmup_steps")  # every other number is above 0
     shown = ("win_rate", "reward", "kl", "objective", "gold")  # of the metrics, on the screen
     unsaved = ("output_dir", "resume", "overwrite", "debug")
@@ -88,8 +89,8 @@ class Config:
         self.planned_queries = self.planned_queries or self.num_queries
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        if self.micro_batch_size is None:  # Pythia-410m at TL;DR's lengths fits into 16 GB
-            self.micro_batch_size = 64 if self.device == "cpu" else 8
+        if self.micro_batch_size is None:
+            self.micro_batch_size = 64 if self.device == "cpu" else self.gpu_micro_batch_size
         for known in fields(self):  # argparse has checked a command line, but no notebook
             name, value, choices = known.name, getattr(self, known.name), get_args(known.type)
             if type(value) in (int, float) and (value != 0 or name not in self.may_be_zero):
@@ -436,8 +437,9 @@ class Task:
 
 def gold_score(response: str, wanted: list[str], wrong: list[str], clutter: list[str]) -> float:
     """The quality behind the labels that tiny/'s oracle was trained on: 1.5 for each wanted fact
-    that the response states, -1.5 for each wrong version of one, -0.5 for any other fact, -0.1 a
-    word. Case and punctuation do not count."""
+    that the response states, -1.5 for each wrong version of one, -0.5 for anything else that the
+    row lists, -0.1 a word. Case and punctuation do not count, nor do facts of kinds not in a post.
+    """
 
     def plain(text: str) -> str:
         return " " + " ".join(re.findall(r"\w+", text.lower())) + " "

@@ -64,6 +64,7 @@ class Config(harness.Config):
     other_column: str = flag("other", "of the data set: a second response, which is ranked too")
 
     script, arm = "selm", "bonus"
+    gpu_micro_batch_size = 4  # it holds one model more
     shown = (*harness.Config.shown, "y_reward", "forward_kl")
     may_be_zero = (*harness.Config.may_be_zero, "alpha", "ranker_candidates")
 

@@ -9,7 +9,7 @@ GPU. A round's phases come one after another; each holds besides, for a micro-ba
 - generation: the keys and values of prompts and candidates, and four float32 copies of the logits
   (B, N, V): the last step's, packed ones, and what unpacks them;
 - features: one layer's tensors, for packed rows of all candidates, and the mask (B, 1, S, S);
-- oracle: the same of B texts, and a key/value cache that it makes though nobody reads it;
+- oracle: the same of B texts;
 - reference: one layer's tensors of packed pairs; then two copies of the logits (B, L, V);
 - update: the gradient, from the second micro-batch on; what each layer saves for its backward pass
   (with checkpointing its input alone); and the logits' moment, which is four float32 copies;
@@ -127,7 +127,7 @@ def phases(
     # The oracle's whole stream has its width, and its mask shows no padding: it has none.
     row = prompt + response
     stream = num * row * hidden * widest_moment(width, width)
-    held["oracle"] = stream + cache(row)
+    held["oracle"] = stream
     row = prompt - 1 + 2 * response
     logits = num * 2 * response * sizes.VOCABULARY
     inside = max(forward(row), (FLOAT + width if is_cast else FLOAT) * logits)

@@ -367,9 +367,10 @@ def test_the_default_folder_names_script_arm_changed_flags_and_seed():
     assert len({c.output_dir for c in both}) == 4 and len(both[0].output_dir) < 250
 
 
-@pytest.mark.parametrize("device, size", [("cpu", 64), ("cuda", 8), ("cuda:1", 8)])
-def test_micro_batches_are_small_on_a_gpu_unless_somebody_says_otherwise(device, size):
+@pytest.mark.parametrize("device, size, selms", [("cpu", 64, 64), ("cuda", 8, 4), ("cuda:1", 8, 4)])
+def test_micro_batches_are_small_on_a_gpu_unless_somebody_says_otherwise(device, size, selms):
     assert sea.Config(device=device).micro_batch_size == size
+    assert selm.Config(device=device).micro_batch_size == selms
     assert sea.Config(device=device, micro_batch_size=3).micro_batch_size == 3
 
 

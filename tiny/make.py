@@ -9,7 +9,6 @@ Two of its training stages on models and data of your own, for instance a triple
     python tiny/make.py reward_model --base sft --dataset trl-lib/tldr-preference --output_dir rm
 
 The papers' pipeline, a thousand times smaller, in the order in which one runs it:
-
 0. `write_data`. A grammar (its words are in words.json) writes Reddit posts in the TL;DR format and
    two mediocre summaries of each, as people would: facts missing, facts wrong, filler. A post has
    five facts of eight kinds: who did what, and three of when, where, feeling, cost, excuse, plan.
