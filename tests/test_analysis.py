@@ -98,6 +98,12 @@ def test_the_p_value_of_two_arms_is_that_of_students_t_test():
     arms["selm"] = {seed: [{"queries": 9, "objective": 0.0}] for seed in range(8)}  # no such metric
     p = analysis.p_value(one.mean() - other.mean(), *analysis.pooled(arms, "gold"))
     assert p == pytest.approx(stats.ttest_ind(one, other).pvalue)
+    arms = {"bai": runs_of(one, 9 + other), "passive": runs_of(other, 5 * one)}
+    own = [
+        stats.ttest_ind(*pair, equal_var=False).pvalue
+        for pair in ((one, other), (other + 9, 5 * one))
+    ]
+    assert analysis.verdicts(arms)[0]["welch"] == pytest.approx(min(1, 12 * max(own)))
 
 
 def test_holm_rejects_step_by_step_as_many_as_the_definition_does():
