@@ -158,15 +158,25 @@ def check_model(
     model: nn.Module, tokenizer: Any, policy_tokenizer: Any, flag_name: str, config: Config
 ) -> None:
     """UserError for another vocabulary than the policy's, too short a context, or packed rows that
-    are misread: ALiBi, sliding windows, ignored masks and positions that cannot restart show when a
-    response beside another one is compared with a plain row."""
+    are misread."""
     where = f"--{flag_name} {getattr(config, flag_name)}"
     is_same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
     require(is_same, f"{where} has another vocabulary than --model")
+    check_context(model, flag_name, config)
+    problem = packing_problem(model, config)
+    require(not problem, f"{where} {problem}")
+
+
+def check_context(model: nn.Module, flag_name: str, config: Config) -> None:
     length = config.max_prompt_length + config.max_new_tokens
     context = getattr(model.config, "max_position_embeddings", math.inf)
-    require(context >= length, f"{where} reads {context} tokens, prompt and response have {length}")
+    where = f"--{flag_name} {getattr(config, flag_name)} reads {context} tokens"
+    require(context >= length, f"{where}, prompt and response have {length}")
 
+
+def packing_problem(model: nn.Module, config: Config) -> str:
+    """What is wrong with its packed rows: ALiBi, sliding windows, ignored masks and positions that
+    cannot restart show when a response beside another one is compared with a plain row."""
     rng, num = generator(0, "packing"), model.get_input_embeddings().num_embeddings
     prompt = torch.randint(num, (1, config.max_prompt_length), generator=rng)
     responses = torch.randint(num, (1, 2, config.max_new_tokens), generator=rng)
@@ -176,9 +186,10 @@ def check_model(
         with torch.no_grad():
             plain, packed = (model(**r)[0][0, -config.max_new_tokens :] for r in rows)  # (R, V)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        raise UserError(f"{where} cannot read packed rows: {error}") from error
+        return f"cannot read packed rows: {error}"
     error = ((packed - plain).abs().max() / plain.std()).item()
-    require(error < 1e-3, f"{where} misreads packed rows, by {error:.2g} standard deviations")
+    is_fine = error < (1e-3 if model.dtype == torch.float32 else 0.1)
+    return "" if is_fine else f"misreads packed rows, by {error:.2g} standard deviations"
 
 
 def load_policies(config: Config) -> tuple[Any, Any, Any]:
@@ -383,7 +394,8 @@ class Oracle:
 
 
 class RewardModelOracle(Oracle):
-    """A reward model with one label; it reads text, with its own tokenizer and chat template."""
+    """A reward model with one label; it reads text, with its own tokenizer and chat template. What
+    the texts of a prompt begin with alike it reads once, if it can read packed rows."""
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
@@ -392,10 +404,9 @@ class RewardModelOracle(Oracle):
         dtype = torch.bfloat16 if config.device.startswith("cuda") else torch.float32
         self.model, self.tokenizer = load_pretrained(auto_class, "reward_model", config, dtype)
         require(self.model.config.num_labels == 1, "--reward_model has several labels, not one")
-        length = config.max_prompt_length + config.max_new_tokens
-        self.context = getattr(self.model.config, "max_position_embeddings", math.inf)
-        self.where = f"--reward_model {config.reward_model} reads {self.context} tokens"
-        require(self.context >= length, f"{self.where}, prompt and response have {length}")
+        check_context(self.model, "reward_model", config)
+        has_head, encoder = hasattr(self.model, "score"), self.model.base_model
+        self.is_packed = has_head and not packing_problem(encoder, config)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.model.config.use_cache = False
 
@@ -408,16 +419,38 @@ class RewardModelOracle(Oracle):
                      for x, y in pairs]  # fmt: skip
             texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
         ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
-        require(max(map(len, ids)) <= self.context, f"{self.where}, a text here has more")
-
-        def rewards(rows: Tensor) -> Tensor:
-            batch = {"input_ids": [ids[i] for i in rows]}
-            batch = self.tokenizer.pad(batch, padding_side="right", return_tensors="pt")
-            return self.model(**batch.to(self.model.device)).logits[:, 0].float().cpu()
-
-        values = in_parts(rewards, len(ids), self.config.micro_batch_size)
+        pad = self.tokenizer.pad_token_id  # rewards are read off at the last token that is not it
+        ids = [
+            text[: max((n for n, i in enumerate(text, 1) if i != pad), default=1)] for text in ids
+        ]
+        context = getattr(self.model.config, "max_position_embeddings", math.inf)
+        require(max(map(len, ids)) <= context, f"--reward_model reads {context} tokens at most")
+        num, size = len(responses[0]), self.config.micro_batch_size
+        rows = [ids[n : n + num] for n in range(0, len(ids), num)]  # B lists of N texts' tokens
+        read = self.read_packed if self.is_packed and num > 1 else self.read_plain
+        values = in_parts(lambda part: read([rows[i] for i in part]), len(rows), size)
         require(values.isfinite().all(), "the oracle's reward is not finite")
-        return values.view(len(prompts), -1)
+        return values
+
+    def pad(self, texts: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
+        padded = self.tokenizer.pad({"input_ids": texts}, padding_side=side, return_tensors="pt")
+        return padded["input_ids"].long(), padded["attention_mask"].long()
+
+    def read_plain(self, rows: list[list[list[int]]]) -> Tensor:
+        ids, mask = (tensor.to(self.model.device) for tensor in self.pad(sum(rows, []), "right"))
+        logits = self.model(input_ids=ids, attention_mask=mask).logits  # (b N, 1)
+        return logits.view(len(rows), -1).float().cpu()
+
+    def read_packed(self, rows: list[list[list[int]]]) -> Tensor:
+        sizes = [len(os.path.commonprefix([text[:-1] for text in row])) for row in rows]
+        start = self.pad([row[0][:size] for row, size in zip(rows, sizes)], "left")  # (b, P)
+        ends = self.pad([text[size:] for row, size in zip(rows, sizes) for text in row], "right")
+        ids, mask = (tensor.view(len(rows), -1, tensor.shape[1]) for tensor in ends)  # (b, N, R)
+        row = common.packed_row(self.model, *start, ids, mask)
+        length, mask = common.packed_mask(mask).shape[1], mask.to(self.model.device)
+        states = self.model.base_model(**row)[0][:, -length:]  # (b, L, D)
+        rewards = common.unpack(self.model.score(states), mask)[..., 0]  # (b, N, R)
+        return rewards.gather(2, mask.sum(2, keepdim=True) - 1)[..., 0].float().cpu()
 
 
 # ---------------------------------------------------------------- evaluation

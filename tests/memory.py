@@ -9,7 +9,7 @@ GPU. A round's phases come one after another; each holds besides, for a micro-ba
 - generation: the keys and values of prompts and candidates, and four float32 copies of the logits
   (B, N, V): the last step's, packed ones, and what unpacks them;
 - features: one layer's tensors, for packed rows of all candidates, and the mask (B, 1, S, S);
-- oracle: the same of B texts;
+- oracle: one layer's tensors of packed pairs, in its own width;
 - reference: one layer's tensors of packed pairs; then two copies of the logits (B, L, V);
 - update: the gradient, from the second micro-batch on; what each layer saves for its backward pass
   (with checkpointing its input alone); and the logits' moment, which is four float32 copies;
@@ -114,7 +114,6 @@ def phases(
 
     def forward(row: int, stream: int = FLOAT) -> int:
         masks = FLOAT + (2 * width if is_cast else 0)  # cast, and padded
-        masks = masks if stream == FLOAT else 0
         return num * row * (hidden * widest_moment(stream, width) + row * masks)
 
     def cache(row: int) -> int:
@@ -124,10 +123,8 @@ def phases(
     logits = num * num_candidates * sizes.VOCABULARY * FLOAT
     held = {"generation": casts + cache(row - 1) + 4 * logits}
     held["features"] = max(0, casts - width * count["head"]) + forward(row)
-    # The oracle's whole stream has its width, and its mask shows no padding: it has none.
-    row = prompt + response
-    stream = num * row * hidden * widest_moment(width, width)
-    held["oracle"] = stream
+    row = prompt + 2 * response
+    held["oracle"] = forward(row, width)
     row = prompt - 1 + 2 * response
     logits = num * 2 * response * sizes.VOCABULARY
     inside = max(forward(row), (FLOAT + width if is_cast else FLOAT) * logits)

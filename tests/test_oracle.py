@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import contents, rows
-from test_loading import CLASSIFIER, TEMPLATE
+from conftest import contents, make_model, rows
+from test_loading import CLASSIFIER, TEMPLATE, save
 from test_run import ARMS, SCRIPTS, Rule, Stopped, config_of, stops, train, write
 
 import common
@@ -191,6 +191,29 @@ def test_a_score_is_one_unbatched_forward_of_a_text_with_one_bos(
         rewards.append(model(torch.tensor([ids])).logits.item())
     assert found.flatten().tolist() == pytest.approx(rewards, abs=1e-5)
     assert found.shape == (2, 2) and len(set(rewards)) == 3 and oracle.queries == 0
+
+
+@pytest.mark.parametrize(
+    "family, is_packed", [("gpt_neox", True), ("llama", True), ("bloom", False)]
+)
+@pytest.mark.parametrize("template", [None, TEMPLATE.replace("</>", "<|endoftext|>")])
+def test_what_the_texts_of_a_prompt_begin_with_alike_is_read_once_where_the_model_can(
+    family, is_packed, template, flags, tmp_path
+):
+    """Not with ALiBi, whose distances cannot start again. A chat may end with what pads."""
+    save(make_model(CLASSIFIER, family, 5, num_labels=1, pad_token_id=0), tmp_path)
+    config = config_of("pilaf", flags, reward_model=str(tmp_path), micro_batch_size=2)
+    oracle, sizes = harness.RewardModelOracle(config), []
+    oracle.tokenizer.chat_template = template
+    texts = {"Why?": ["cats", "cats sat", ""], "": ["a", "a", "a"], "The cat": ["", "mat", "m"]}
+    expected = [oracle.score([x], [[y]]).item() for x, row in texts.items() for y in row]
+    found = oracle.score([*texts], [*texts.values()]).flatten().tolist()
+    assert found == pytest.approx(expected, abs=1e-4) and max(expected) - min(expected) > 0.1
+    embeddings = oracle.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, ids, out: sizes.append(ids[0].numel()))
+    for row in (["cats", "dogs"], ["cats"]):
+        oracle.score(["The cat sat on my keyboard again"], [row])
+    assert (sizes[0] < 1.5 * sizes[1]) == is_packed
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
