@@ -1,7 +1,6 @@
 """Does every mistake end in one line and exit code 2, and is the help of help?"""
 
 import shutil
-import signal
 import sys
 import typing
 
@@ -128,8 +127,11 @@ def test_an_error_in_mid_run_is_not_garbled_by_the_progress_bar(refused):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_ctrl_c_ends_with_130_and_a_line_on_how_to_go_on(script, ends, flags, monkeypatch):
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
     halting = type("Halting", (Rule,), {"stop_at": 5, "error": KeyboardInterrupt})
-    early = type("Early", (Rule,), {"__init__": lambda *_: signal.raise_signal(signal.SIGINT)})
+    early = type("Early", (Rule,), {"__init__": interrupt})
     assert ends(script, oracle=early) == ("stopped", 130)  # there is nothing to go on with
     line, code = ends(script, oracle=halting)
     assert code == 130 and f"--resume {flags['output_dir']}" in line
