@@ -359,10 +359,14 @@ class Oracle:
         already, or else asked now, kept, and counted."""
         start, texts = self.queries, [[text.strip() for text in row] for row in texts]
         rows = [(self.bought.get((x, *y)) or [None]).pop(0) for x, y in zip(prompts, texts)]
-        new = [i for i, row in enumerate(rows) if row is None]
-        for part in [new[n : n + self.block_size] for n in range(0, len(new), self.block_size)]:
-            rewards = self.score([prompts[i] for i in part], [texts[i] for i in part])
-            for n, i in enumerate(part):
+        every, size = range(len(rows)), self.block_size
+        for block in [every[n : n + size] for n in every[::size]]:
+            new = [(n, i) for n, i in enumerate(block) if rows[i] is None]
+            if not new:
+                continue
+            # All of the block, as when it was first asked: in another batch last digits differ.
+            rewards = self.score([prompts[i] for i in block], [texts[i] for i in block])
+            for n, i in new:
                 self.queries = start + sum(costs[:i])  # the number of the label names its coin
                 own = None if rewards is None else rewards[n : n + 1]  # (1, N)
                 if noise is None:

@@ -153,6 +153,26 @@ def test_a_resumed_run_that_asks_in_another_order_keeps_all_that_it_bought(flags
     assert asked == ["ABC", "X", "X"] and states[-1] == (5, 5, [])
 
 
+def test_a_block_that_was_bought_in_part_is_scored_whole_again(flags, tmp_path):
+    """Else the rest would stand in another batch, and a resumed run would differ in last digits."""
+    path, sizes, whole = tmp_path / "labels.jsonl", [], ""
+
+    class Counted(harness.RewardModelOracle):
+        def score(self, prompts, responses):
+            sizes.append(len(prompts))
+            return super().score(prompts, responses)
+
+    for num_kept in (0, 6, 8):
+        path.write_text("".join(whole.splitlines(True)[:num_kept]))
+        oracle = Counted(config_of("pilaf", flags))  # --batch_size 4
+        oracle.open(path, 0, 0, [])
+        duels = [["cats " * (n + 1), "a mat"] for n in range(8)]
+        oracle.label([f"The cat {n}" for n in range(8)], duels)
+        whole = whole or path.read_text()
+        assert path.read_text() == whole
+    assert sizes == [4, 4, 4]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_texts_with_line_separators_survive_a_crash(script, flags, tmp_path):
     """U+2028 and U+0085, which web pages are full of, end a line in Python, but not in a file."""

