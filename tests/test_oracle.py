@@ -151,6 +151,9 @@ def test_a_resumed_run_that_asks_in_another_order_keeps_all_that_it_bought(flags
         states.append((oracle.queries, oracle.num_lines, sum(oracle.bought.values(), [])))
         asked.append("".join(prompt for prompt, _ in oracle.asked))
     assert asked == ["ABC", "X", "X"] and states[-1] == (5, 5, [])
+    for name, num_bought in (("labels.jsonl", 4), ("new.jsonl", 0)):  # another run's are not ours
+        oracle.open(tmp_path / name, *start)
+        assert (len(oracle.bought), oracle.queries) == (num_bought, 0)
 
 
 def test_a_block_that_was_bought_in_part_is_scored_whole_again(flags, tmp_path):

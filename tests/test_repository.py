@@ -65,7 +65,7 @@ def test_the_tests_do_not_grow():
     """Wanted are 4,000 lines."""
     files = set((ROOT / "tests").glob("*.py"))
     files -= {ROOT / "tests" / name for name in ("benchmark.py", "memory.py", "sizes.py")}
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 4336
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 4339
 
 
 # ---------------------------------------------------------------- flags, commands, paths, tables
