@@ -441,11 +441,13 @@ class RewardModelOracle(Oracle):
         return padded["input_ids"].long(), padded["attention_mask"].long()
 
     def read_plain(self, rows: list[list[list[int]]]) -> Tensor:
+        """Rewards (b, N) of b lists of N texts' tokens."""
         ids, mask = (tensor.to(self.model.device) for tensor in self.pad(sum(rows, []), "right"))
         logits = self.model(input_ids=ids, attention_mask=mask).logits  # (b N, 1)
         return logits.view(len(rows), -1).float().cpu()
 
     def read_packed(self, rows: list[list[list[int]]]) -> Tensor:
+        """The same; what the texts of a list begin with alike stands where a prompt would."""
         sizes = [len(os.path.commonprefix([text[:-1] for text in row])) for row in rows]
         start = self.pad([row[0][:size] for row, size in zip(rows, sizes)], "left")  # (b, P)
         ends = self.pad([text[size:] for row, size in zip(rows, sizes) for text in row], "right")
