@@ -13,10 +13,15 @@ padding may be EOS as well.
 import dataclasses
 import inspect
 import math
+import os
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+# Threads that wait for work sleep soon and leave a busy browser its core; read as torch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import torch
 import torch.nn.functional as F

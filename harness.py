@@ -20,13 +20,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+import common
+from common import Batch, UserError, frozen_logps, generator, in_parts, require
+
 import torch
 import transformers
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
-
-import common
-from common import Batch, UserError, frozen_logps, generator, in_parts, require
 
 # ---------------------------------------------------------------- flags
 

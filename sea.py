@@ -40,15 +40,15 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
-import torch.nn.functional as F
-import transformers
-from torch import Tensor, nn
-
 import common
 import harness
 from common import Batch, frozen_logps, generator, require, train_step
 from harness import evaluate, flag, next_prompts
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
 
 
 @dataclass

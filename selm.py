@@ -38,13 +38,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
-from torch import Tensor, nn
-
 import common
 import harness
 from common import Batch, frozen_logps, generator, require, respond, train_step
 from harness import evaluate, flag, next_prompts
+
+import torch
+from torch import Tensor, nn
 
 
 @dataclass

@@ -102,9 +102,9 @@ def train(words: str, folder: Path, device: str) -> float:
         if str(place) not in sys.path:
             sys.path.insert(0, str(place))
     os.chdir(ROOT)
-    import torch
-
     import harness
+
+    import torch
 
     torch.set_num_threads(1)
     name, *flags = shlex.split(f"{words} --device {device} --output_dir {folder} --overwrite")

@@ -42,14 +42,14 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import memory  # noqa: E402
-import sizes  # noqa: E402
-
 import common  # noqa: E402
 import harness  # noqa: E402
 import pilaf  # noqa: E402
 import sea  # noqa: E402
 from notebooks import experiments  # noqa: E402
+
+import memory  # noqa: E402
+import sizes  # noqa: E402
 
 Seconds = list[float]
 

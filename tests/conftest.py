@@ -4,12 +4,12 @@ import json
 import os
 from pathlib import Path
 
+from common import Batch
+
 import pytest
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-from common import Batch
 
 torch.set_num_threads(1)  # small tensors; and a busy second core would stall every operation
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start

@@ -19,16 +19,16 @@ from functools import partial
 from pathlib import Path
 from unittest.mock import patch
 
-import memory
-import tokenizers
-import torch
-import transformers
-
 import common
 import harness
 import pilaf
 import sea
 import selm
+
+import memory
+import tokenizers
+import torch
+import transformers
 
 VOCABULARY, PROMPT_LENGTH, RESPONSE_LENGTH = 50_304, 512, 53
 

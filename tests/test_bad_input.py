@@ -4,11 +4,11 @@ import shutil
 import sys
 import typing
 
-import pytest
-from test_run import SCRIPTS, Rule, own_flags, train
-
 import harness
 from common import UserError
+
+import pytest
+from test_run import SCRIPTS, Rule, own_flags, train
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import re
 import sys
 from pathlib import Path
 
-import nbformat
-import pytest
-import torch
-
 import common
 import pilaf
 import sea
 import selm
+
+import nbformat
+import pytest
+import torch
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 sys.path.insert(0, str(NOTEBOOKS))

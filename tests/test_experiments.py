@@ -5,13 +5,13 @@ import shlex
 import sys
 from pathlib import Path
 
-import pytest
-import torch
-from conftest import make_batch, rows
-
 import common
 import harness
 import sea
+
+import pytest
+import torch
+from conftest import make_batch, rows
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "notebooks"))

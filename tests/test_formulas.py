@@ -3,13 +3,13 @@
 import math
 from itertools import accumulate, product
 
+from common import dpo, generator, ipo, margin, response_logps, sample_tokens, slic
+from harness import gold_score, win_metrics
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_batch, real_ids
-
-from common import dpo, generator, ipo, margin, response_logps, sample_tokens, slic
-from harness import gold_score, win_metrics
 
 LOGPS = torch.tensor([[-1.0, -2.0], [-7.5, -3.0], [-40.0, -41.0]], dtype=torch.double)
 REF_LOGPS = torch.tensor([[-1.5, -1.0], [-7.0, -4.0], [-40.0, -20.0]], dtype=torch.double)

@@ -3,12 +3,12 @@
 import math
 from pathlib import Path
 
-import pytest
-from conftest import rows
-
 import pilaf
 import sea
 import selm
+
+import pytest
+from conftest import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {

@@ -3,15 +3,15 @@
 import shutil
 from pathlib import Path
 
+import harness
+from common import UserError
+
 import datasets
 import pytest
 import torch
 import transformers
 from conftest import make_model, make_tokenizer, rows
 from test_run import change, config_of, train, write
-
-import harness
-from common import UserError
 
 CAUSAL = transformers.AutoModelForCausalLM
 CLASSIFIER = transformers.AutoModelForSequenceClassification

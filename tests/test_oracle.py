@@ -6,15 +6,15 @@ import math
 import shutil
 from pathlib import Path
 
+import common
+import harness
+
 import pytest
 import torch
 import transformers
 from conftest import contents, make_model, rows
 from test_loading import CLASSIFIER, TEMPLATE, save
 from test_run import ARMS, SCRIPTS, Rule, Stopped, config_of, stops, train, write
-
-import common
-import harness
 
 JUDGES = '''
 import torch

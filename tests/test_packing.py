@@ -8,16 +8,16 @@ from collections import Counter
 from dataclasses import replace
 from types import SimpleNamespace
 
+import common
+from common import Batch, UserError, dpo, token_logps
+from harness import Config
+
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_batch, plain_token_logps, real_ids
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import common
-from common import Batch, UserError, dpo, token_logps
-from harness import Config
 
 SIZES = [7, 3, 11], [[4, 1, 6], [2, 6, 5], [6, 3, 1]]
 REF_LOGPS = torch.tensor([[-20.0, -19.0, -3.0], [-20.5, -21.5, -4.0], [-18.0, -22.0, -8.0]])

@@ -5,17 +5,17 @@ import itertools
 import math
 import types
 
+import common
+import harness
+import pilaf
+from common import Batch, UserError, generator
+
 import conftest
 import pytest
 import torch
 import transformers
 from conftest import make_batch, make_model, plain_token_logps, real_ids, rows
 from torch import Tensor, nn
-
-import common
-import harness
-import pilaf
-from common import Batch, UserError, generator
 
 CAUSAL = transformers.AutoModelForCausalLM
 BETA, EOS, VOCABULARY, WIDTH, DOUBLE = 0.5, 0, 4, 12, torch.float64

@@ -10,14 +10,14 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-import pytest
-from conftest import rows
-
 import common
 import harness
 import pilaf
 import sea
 import selm
+
+import pytest
+from conftest import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -144,7 +144,8 @@ def test_importing_a_script_has_no_side_effects(name, tmp_path):
         "    threads, out = torch.get_num_threads(), (sys.stdout, sys.stderr, tuple(sys.argv))\n"
         "    seeds = random.getstate(), torch.random.get_rng_state().tolist()\n"
         "    level = transformers.logging.get_verbosity()\n"
-        "    return dict(os.environ), os.getcwd(), os.listdir(), threads, out, seeds, level\n"
+        "    environment = {k: v for k, v in os.environ.items() if k != 'GOMP_SPINCOUNT'}\n"
+        "    return environment, os.getcwd(), os.listdir(), threads, out, seeds, level\n"
         f"before = state()\nimport {name}\nprint(state() == before)\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -153,6 +154,20 @@ def test_importing_a_script_has_no_side_effects(name, tmp_path):
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout == "True\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libgomp is Linux's")
+@pytest.mark.parametrize(
+    "own, expected",
+    [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "0")],
+)
+def test_waiting_threads_sleep_soon_unless_the_user_says_otherwise(own, expected):
+    """libgomp tells what it has read: too late, if torch was imported before common.py."""
+    ours = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ours |= {"OMP_DISPLAY_ENV": "VERBOSE"} | own
+    command = [sys.executable, "-c", "import sea"]
+    done = subprocess.run(command, cwd=ROOT, env=ours, capture_output=True, text=True, check=True)
+    assert re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr) == [expected]
 
 
 FEW = "--num_queries 12 --eval_prompts 4 --eval_every 4 --warmup_steps 0"

@@ -12,17 +12,17 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
-import pytest
-import torch
-import transformers
-from conftest import contents, make_batch, plain_token_logps, real_ids, rows
-
 import common
 import harness
 import pilaf
 import sea
 import selm
+
+import datasets
+import pytest
+import torch
+import transformers
+from conftest import contents, make_batch, plain_token_logps, real_ids, rows
 
 ROOT = Path(sea.__file__).parent
 SCRIPTS = {"sea": sea, "selm": selm, "pilaf": pilaf}

@@ -5,17 +5,17 @@ import itertools
 import math
 from statistics import mean, stdev, variance
 
-import pytest
-import torch
-from conftest import make_batch, make_model, plain_token_logps, real_ids
-from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM
-
 import common
 import harness
 import sea
 from common import Batch, UserError
 from sea import Config, EpistemicRewardModel, choose_duels
+
+import pytest
+import torch
+from conftest import make_batch, make_model, plain_token_logps, real_ids
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM
 
 
 def stream(seed: int = 0) -> torch.Generator:

@@ -6,17 +6,17 @@ import math
 from collections import Counter
 from types import SimpleNamespace
 
-import pytest
-import torch
-from conftest import make_batch, make_model, make_tokenizer, plain_token_logps, real_ids, rows
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
-
 import common
 import harness
 import selm
 from common import Batch, UserError, generator
 from selm import Config, bonus_loss, pair_loss
+
+import pytest
+import torch
+from conftest import make_batch, make_model, make_tokenizer, plain_token_logps, real_ids, rows
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 BETA, ALPHA, NUM_ARMS, BOTH = 0.3, 0.7, 12, ("reference", "other")
 BONUSES = [("selm", ALPHA * BETA), ("xpo", ALPHA)]  # and what a nat of y weighs in the loss

@@ -4,15 +4,15 @@ import json
 import re
 from pathlib import Path
 
-import pytest
-import torch
-
 import common
 import harness
 import sea
 from notebooks.controls import marks
 from notebooks.simulator import POINTS, RULES, Posts, measure, prepare, rewards_by_rule, simulate
 from tiny import make
+
+import pytest
+import torch
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
 NAMES = ("wanted", "wrong", "clutter")
