@@ -64,7 +64,7 @@ class Config:
     micro_batch_size: int | None = flag(None, "prompts a forward pass (8; SELM 4; CPU 64)")
     gradient_checkpointing: bool = flag(False, "less memory, more time")
     prompt_column: str = flag("prompt", "of the data set")
-    reference_column: str = flag("reference", "of the data set: a response to compare with")
+    reference_column: str | None = flag(None, "a response to compare with (reference, if there)")
     resume: str | None = flag(None, "continue this folder, or --output_dir", nargs="?", const="")
     overwrite: bool = flag(False, "delete the run in --output_dir first")
     debug: bool = flag(False, "show tracebacks")
@@ -243,15 +243,16 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
     gold = ("wanted", "wrong", "clutter")
     columns = {name: rows[name][:] for name in gold} if set(gold) <= set(known) else {}
     for name in ("prompt", "reference", "other"):
-        wanted = getattr(config, f"{name}_column", None)
+        named = getattr(config, f"{name}_column", "")  # None: the default, which may be missing
+        wanted = name if named is None else named
         if wanted in known:
             role = "user" if name == "prompt" else "assistant"
-            is_turn = [isinstance(v, list) and v[-1]["role"] == role for v in rows[wanted][:]]
+            is_turn = [isinstance(v, list) and v and v[-1]["role"] == role for v in rows[wanted][:]]
             texts = [v[-1]["content"] if i else v for v, i in zip(rows[wanted][:], is_turn)]
             is_text = all(isinstance(text, str) and text.strip() for text in texts)
             require(is_text, f"{where}: a row's {wanted} is empty, or not text")
             columns[name] = texts
-        elif name == "prompt" or wanted not in (name, None):  # the default may be missing
+        elif named:
             raise UserError(f"{where} has no --{name}_column {wanted}; it has {', '.join(known)}")
     texts = rows[config.prompt_column][:]
     is_chat = bool(tokenizer.chat_template) or not isinstance(texts[0], str)
@@ -616,8 +617,7 @@ class Run:
         commit = subprocess.run("git rev-parse HEAD", shell=True, **options).stdout.strip()
         versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
         about = {"script": config.script, "flags": asdict(config), "versions": versions}
-        about["git_commit"] = commit
-        rewrite(self.folder / "config.json", json.dumps(about, indent=1))
+        rewrite(self.folder / "config.json", json.dumps(about | {"git_commit": commit}, indent=1))
         self.bar = tqdm(total=config.num_queries, unit="label", disable=not is_first())
         self.bar.n = oracle.queries
 

@@ -61,7 +61,7 @@ class Config(harness.Config):
     ranker_candidates: int | None = flag(
         None, "further samples of the reference to rank (0; 1 if the data set has prompts only)"
     )
-    other_column: str = flag("other", "of the data set: a second response, which is ranked too")
+    other_column: str | None = flag(None, "a second response, ranked too (other, if there)")
 
     script, arm = "selm", "bonus"
     gpu_micro_batch_size = 4  # it holds one model more

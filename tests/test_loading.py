@@ -89,7 +89,7 @@ def test_the_order_of_prompts_changes_with_seed_and_epoch_and_an_epoch_has_each_
     assert len(set(orders[0])) == 40 and across == [*orders[0][35:], *orders[1][:5]]
 
 
-@pytest.mark.parametrize("prompt", ["", " \n", None, 3, ["cat", "dog"], {"text": "cat"}])
+@pytest.mark.parametrize("prompt", ["", " \n", None, 3, [], ["cat", "dog"], {"text": "cat"}])
 def test_a_prompt_that_is_empty_or_no_text_is_refused(prompt, flags, tmp_path):
     is_text = prompt is None or isinstance(prompt, str)
     table = [{"prompt": "cat" if is_text else prompt}] * 8
@@ -100,9 +100,12 @@ def test_a_prompt_that_is_empty_or_no_text_is_refused(prompt, flags, tmp_path):
 
 
 @pytest.mark.parametrize("script, name", [("pilaf", "prompt"), ("sea", "reference")])
-def test_a_column_that_was_named_and_is_not_there_is_an_error(script, name, flags):
+def test_a_column_that_was_named_and_is_not_there_is_an_error(script, name, flags, tmp_path):
     with pytest.raises(UserError, match=f"--{name}_column answr.* wanted"):  # there are others
         load(flags, script, **{f"{name}_column": "answr"})
+    data = write(tmp_path / "data.jsonl", [{"text": "cat"}] * 8)
+    with pytest.raises(UserError, match=f"--{name}_column {name}; it has text"):  # by its own name
+        load(flags, script, **dict(dataset=data, prompt_column="text") | {f"{name}_column": name})
 
 
 @pytest.mark.parametrize("column", [{"other": 3}, {"other": ""}, {"wanted": ["a"]}])
