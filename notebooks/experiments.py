@@ -4,6 +4,7 @@
     python notebooks/experiments.py --stage claims      # then both rules of labels, seeds 0 to 7
     python notebooks/experiments.py --stage backbones --jobs 2
     python notebooks/experiments.py --stage claims --arms bai random --seeds 0 1 --list
+    python notebooks/experiments.py --stage simulator   # the backbones without a policy, 20 seeds
 
 Stop it at any moment: what is finished is kept, what was begun starts anew. A process trains on one
 thread, run after run. A line of results/STAGE.jsonl is a row of a run's metrics.jsonl, with "arm",
@@ -14,6 +15,7 @@ import argparse
 import contextlib
 import importlib
 import io
+import itertools
 import json
 import os
 import platform
@@ -158,9 +160,30 @@ def collect(runs: Path, stage: str) -> None:
     path.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
 
 
+def simulate() -> None:
+    """Write results/simulator.jsonl: three rules for duels on the three backbones, no policy in the
+    loop (simulator.py); a row has the `accuracy` and `share` of a run after so many labels."""
+    sys.path.insert(0, str(ROOT))
+    import sea
+    from notebooks import simulator
+
+    rows = []
+    for backbone in ("reference", "./tiny/erm_backbone", "./tiny/reward_model"):
+        config = sea.Config(erm_backbone=backbone)
+        posts = simulator.prepare(False, 1024, config), simulator.prepare(True, 256, config)
+        for rule, seed in tqdm([*itertools.product(("random", "bai", "best_two"), range(20))]):
+            about = dict(backbone=backbone, rule=rule, seed=seed)
+            found = simulator.simulate(simulator.RULES[rule], seed, *posts)
+            for queries, (accuracy, share) in zip(simulator.POINTS, found):
+                rows.append(about | dict(queries=queries, accuracy=accuracy, share=share))
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (RESULTS / "simulator.jsonl").write_text("".join(lines))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--stage", choices=("rates", "claims", "backbones"), required=True)
+    stages = ("rates", "claims", "backbones", "simulator")
+    parser.add_argument("--stage", choices=stages, required=True)
     parser.add_argument("--arms", nargs="+", choices=(*ARMS, *BACKBONES), metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the protocol")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
@@ -169,6 +192,8 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show the commands and stop")
     parser.add_argument("--collect", action="store_true", help="only write results/ from --runs")
     args = parser.parse_args()
+    if args.stage == "simulator":
+        return simulate()
     if args.collect:
         return collect(args.runs, args.stage)
     todo = jobs_of(args.stage, args.arms, args.seeds)
