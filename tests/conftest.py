@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 torch.set_num_threads(1)  # small tensors; and a busy second core would stall every operation
 os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
 
+ROOT = Path(__file__).resolve().parent.parent
 TEXT = "The cat sat on my keyboard again, so the report about Jack reads: aaaaaaa. TL;DR: cats!"
 SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
              max_position_embeddings=128, bos_token_id=1, eos_token_id=0)  # fmt: skip
@@ -49,6 +50,16 @@ def make_model(auto_class, family: str, seed: int, **options) -> torch.nn.Module
     return model
 
 
+def save(model: torch.nn.Module, folder: Path, **changes) -> str:
+    """The model and a tokenizer with changed attributes, as a folder."""
+    tokenizer = make_tokenizer()
+    for name, value in changes.items():
+        setattr(tokenizer, name, value)
+    tokenizer.save_pretrained(folder)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
@@ -65,12 +76,10 @@ def folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("world")
     causal = transformers.AutoModelForCausalLM
     classifier = transformers.AutoModelForSequenceClassification
-    make_model(causal, "gpt_neox", 1).save_pretrained(root / "sft")
+    save(make_model(causal, "gpt_neox", 1), root / "sft")
     for name, seed in (("reward_model", 2), ("erm_backbone", 3)):
         options = dict(num_labels=1, pad_token_id=0)
-        make_model(classifier, "gpt_neox", seed, **options).save_pretrained(root / name)
-    for name in ("sft", "reward_model", "erm_backbone"):
-        make_tokenizer().save_pretrained(root / name)
+        save(make_model(classifier, "gpt_neox", seed, **options), root / name)
     for name, size in (("train", 40), ("test", 10)):
         same = dict(wanted=["cat"], wrong=["dog"], clutter=["mat"])
         prompts = [f"The cat {name} number {i}. TL;DR:" for i in range(size)]
@@ -128,6 +137,20 @@ def real_ids(batch: Batch, b: int, n: int) -> tuple[list[int], list[int]]:
     prompt = [i for i, m in zip(batch.prompt_ids[b].tolist(), batch.prompt_mask[b]) if m]
     response = zip(batch.response_ids[b, n].tolist(), batch.response_mask[b, n])
     return prompt, [i for i, m in response if m]
+
+
+@torch.no_grad()
+def plain_response(model, prompt: list[int], uniforms: list, eos: list, temperature: float) -> list:
+    """A response, recomputed from its first token at each step, without padding or a cache; with
+    uniforms of 0.5 at a temperature near 0 it is the greedy one."""
+    response = []
+    for uniform in uniforms:
+        logits = model(torch.tensor([prompt + response])).logits[0, -1].double()
+        cumulative = (logits / temperature).softmax(-1).cumsum(-1).tolist()
+        response.append(next(k for k, total in enumerate(cumulative) if total > uniform))
+        if response[-1] in eos:
+            break
+    return response
 
 
 def plain_token_logps(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

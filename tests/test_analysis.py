@@ -2,17 +2,11 @@
 
 import itertools
 import math
-import sys
-from pathlib import Path
 
+import analysis
 import numpy as np
 import pytest
 from scipy import stats
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "notebooks"))
-
-import analysis  # noqa: E402
 
 LABELS = np.arange(0, 2049, 128)
 
@@ -54,17 +48,14 @@ def test_a_crossing_lies_between_two_points(target, labels):
     assert analysis.labels_to(target, fit, grid) == labels
 
 
-def test_an_arm_that_learns_twice_as_fast_has_ratio_two_and_an_equal_one_ratio_one():
+def test_an_equal_arm_has_ratio_one_a_twice_as_fast_one_two_and_one_without_crossing_a_bound():
     passive = np.array([learner(1, seed) for seed in range(5)])
     for speed, low, high in ((1.001, 0, 1), (2, 1, 2)):
         arm = np.array([learner(speed, seed + 100) for seed in range(5)])
         found = analysis.sample_efficiency(passive, arm, LABELS)
         assert found["ratio"] == pytest.approx(round(speed), rel=0.25)
         assert low < found["low"] < high < found["high"] and not found["is_bound"]
-
-
-def test_an_arm_that_never_reaches_the_target_is_a_bound():
-    passive, flat = (np.array([learner(speed, s) for s in range(5)]) for speed in (1, 0))
+    flat = np.array([learner(0, seed) for seed in range(5)])
     found = analysis.sample_efficiency(passive, flat, LABELS)
     assert found["is_bound"] and found["uncrossed"] == 1
     assert found["ratio"] == pytest.approx(found["passive_labels"] / 2048)
@@ -127,13 +118,9 @@ def test_three_words_for_a_gain_a_loss_and_neither_and_only_for_claims_that_ran_
     found = {row["claim"]: row["verdict"] for row in analysis.verdicts(arms)}
     assert found.pop(3).startswith("not resolved (detectable: 0.")
     assert found == {1: "supported", 2: "contradicted"}
-
-
-@pytest.mark.parametrize("gain", [0.001, -1])
-def test_a_gain_in_gold_alone_or_at_the_cost_of_the_objective_is_not_resolved(gain):
-    noise = np.random.default_rng(0).normal(size=8) * 0.1
-    arms = {"bai": runs_of(1 + noise, gain + noise), "passive": runs_of(noise)}
-    assert analysis.verdicts(arms)[0]["verdict"].startswith("not resolved")
+    for gain in (0.001, -1):  # a gain in gold alone, or at the cost of the objective
+        arms = {"bai": runs_of(1 + noise, gain + noise), "passive": runs_of(noise)}
+        assert analysis.verdicts(arms)[0]["verdict"].startswith("not resolved")
 
 
 def test_four_of_five_experiments_find_the_detectable_difference():

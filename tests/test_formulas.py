@@ -1,7 +1,6 @@
 """Does each formula give the numbers of its definition? Expected values come from other algebra."""
 
 import math
-from itertools import accumulate, product
 
 from common import dpo, generator, ipo, margin, response_logps, sample_tokens, slic
 from harness import gold_score, win_metrics
@@ -62,11 +61,6 @@ def test_dpo_starts_at_log_2_with_gradient_beta_over_2():
     torch.testing.assert_close(gradient, torch.tensor([[-0.05, 0.05]] * 3, dtype=torch.double))
 
 
-def test_dpo_stays_finite_at_huge_margins_and_is_linear_where_the_pair_is_wrong():
-    logps = torch.tensor([[-1e5, 0.0], [0.0, -1e5]])
-    torch.testing.assert_close(dpo(logps, torch.zeros(2, 2), 0.1), torch.tensor([1e4, 0.0]))
-
-
 def test_ipo_is_a_squared_distance_from_1_over_2_beta_and_slic_a_hinge_at_1_over_beta():
     # beta 0.1: targets 5 and 10; (1.5 - 5)^2 and so on, and max(0, 1 - 0.1 * 1.5) and so on
     assert ipo(LOGPS, REF_LOGPS, 0.1).tolist() == pytest.approx([12.25, 42.25, 256.0])
@@ -90,18 +84,6 @@ def test_each_loss_passes_gradcheck_and_pulls_chosen_up_and_rejected_down(loss):
 
 def sample_one(logits: list[float], uniform: float, temperature: float = 1.0) -> int:
     return sample_tokens(torch.tensor([[logits]]), torch.tensor([[uniform]]), temperature).item()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_first_token_whose_cumulative_probability_exceeds_the_uniform_is_drawn(dtype):
-    rng = torch.Generator().manual_seed(1)
-    logits = torch.randn(7, 5, 9, generator=rng).to(dtype)
-    uniforms = torch.rand(7, 5, generator=rng)
-    tokens = sample_tokens(logits, uniforms, 0.8)
-    for b, n in product(range(7), range(5)):
-        weights = [math.exp(x / 0.8) for x in logits[b, n].tolist()]
-        limit = uniforms[b, n].item() * sum(weights)
-        assert tokens[b, n] == [total > limit for total in accumulate(weights)].index(True)
 
 
 def test_a_large_vocabulary_is_drawn_as_its_softmax_says_and_to_its_very_end():

@@ -6,26 +6,13 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import rows
+from conftest import ROOT, rows
 
-ROOT = Path(__file__).resolve().parent.parent
 LAB = (ROOT / "notebooks" / "lab.md").read_text(encoding="utf-8")
 COMMANDS = [shlex.split(words) for words in re.findall(r"^    python (.*)$", LAB, re.M)]
 FIGURES = re.findall(r"^\| `(\S+)` \| `(\w+)` \| (\S+) ± (\S+) \|$", LAB, re.M)
-
-
-@pytest.fixture(scope="module")
-def done(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    """The copy, and what each command printed, by its words."""
-    folder, printed = tmp_path_factory.mktemp("lab") / "copy", {}
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "*env", "runs", "results"))
-    options = dict(cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
-    for words in COMMANDS:
-        printed[" ".join(words)] = subprocess.check_output([sys.executable, *words], **options)
-    return folder, printed
 
 
 def test_the_sheet_fits_a_page_and_a_lesson():
@@ -38,22 +25,23 @@ def test_the_sheet_fits_a_page_and_a_lesson():
 
 
 @pytest.mark.slow
-def test_every_figure_is_in_its_file_and_every_picture_is_drawn(done):
+def test_every_command_shows_what_is_to_be_seen_and_every_figure_is_in_its_file(tmp_path):
+    folder, printed = tmp_path / "copy", {}
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".*", "*env", "runs", "results"))
+    options = dict(cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True)
+    for words in COMMANDS:
+        printed[" ".join(words)] = subprocess.check_output([sys.executable, *words], **options)
     for run, name, expected, width in FIGURES:
-        value = rows(done[0] / run / "metrics.jsonl")[-1][name]
+        value = rows(folder / run / "metrics.jsonl")[-1][name]
         assert abs(value - float(expected)) <= float(width), (run, name, value)
     for name in re.findall(r"Pictures? `(\S+)`", LAB):
-        assert (done[0] / name).stat().st_size > 10_000
-    numbers = [len(rows(done[0] / "runs" / "lab-sea" / f"{name}.jsonl"))
+        assert (folder / name).stat().st_size > 10_000
+    numbers = [len(rows(folder / "runs" / "lab-sea" / f"{name}.jsonl"))
                for name in ("labels", "preferences")]  # fmt: skip
     assert numbers[0] == 576 and abs(numbers[1] - 718) < 60
-
-
-@pytest.mark.slow
-def test_what_is_to_be_seen_on_the_screen_is_printed(done):
     wanted = {"sea.py": "win_rate kl online_win_rate", "selm.py": "y_reward forward_kl",
               "pilaf.py": "sampling_cost"}  # fmt: skip
-    for words, text in done[1].items():
+    for words, text in printed.items():
         assert all(name + " " in text for name in wanted.get(words.split()[0], "").split()), words
-    broken = [text.count("failed: ") for words, text in done[1].items() if "source.py" in words]
+    broken = [text.count("failed: ") for words, text in printed.items() if "source.py" in words]
     assert broken == [3, 1]

@@ -1,7 +1,6 @@
 """Which models and data sets are read, and read rightly? What cannot be is refused in words."""
 
 import shutil
-from pathlib import Path
 
 import harness
 from common import UserError
@@ -10,23 +9,13 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import make_model, make_tokenizer, rows
-from test_run import change, config_of, train, write
+from conftest import make_model, make_tokenizer, rows, save
+from test_run import SCRIPTS, change, config_of, train, write
 
 CAUSAL = transformers.AutoModelForCausalLM
 CLASSIFIER = transformers.AutoModelForSequenceClassification
 TEMPLATE = "<|start|>{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
 TEMPLATE += "{% if add_generation_prompt %}<assistant>{% endif %}"
-
-
-def save(model: torch.nn.Module, folder: Path, **changes) -> str:
-    """The model and a tokenizer with changed attributes, as a folder."""
-    tokenizer = make_tokenizer()
-    for name, value in changes.items():
-        setattr(tokenizer, name, value)
-    tokenizer.save_pretrained(folder)
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 def load(flags: dict, script: str = "pilaf", **changes) -> tuple:
@@ -99,7 +88,7 @@ def test_a_prompt_that_is_empty_or_no_text_is_refused(prompt, flags, tmp_path):
         load(flags, dataset=data)
 
 
-@pytest.mark.parametrize("script, name", [("pilaf", "prompt"), ("sea", "reference")])
+@pytest.mark.parametrize("script, name", [*zip(SCRIPTS, ("reference", "other", "prompt"))])
 def test_a_column_that_was_named_and_is_not_there_is_an_error(script, name, flags, tmp_path):
     with pytest.raises(UserError, match=f"--{name}_column answr.* wanted"):  # there are others
         load(flags, script, **{f"{name}_column": "answr"})
@@ -121,12 +110,8 @@ def chat(*turns: str) -> list[dict]:
     return [{"role": role, "content": text} for role, text in zip(roles, turns)]
 
 
-@pytest.fixture
-def chatty(tmp_path) -> str:
-    return save(make_model(CAUSAL, "llama", 1), tmp_path / "chatty", chat_template=TEMPLATE)
-
-
-def test_a_chat_is_read_by_the_template_and_judged_by_its_last_user_turn(chatty, flags, tmp_path):
+def test_a_chat_is_read_by_the_template_and_judged_by_its_last_user_turn(flags, tmp_path):
+    chatty = save(make_model(CAUSAL, "llama", 1), tmp_path / "chatty", chat_template=TEMPLATE)
     chats = [chat("Hi", "Yes?", f"Why {i}?") for i in range(20)]
     table = [dict(prompt=c, reference=chat("x", f"So {i}")) for i, c in enumerate(chats)]
     data = write(tmp_path / "chats.jsonl", table)
@@ -141,10 +126,7 @@ def test_a_chat_is_read_by_the_template_and_judged_by_its_last_user_turn(chatty,
     assert {pair["prompt"] for pair in pairs} <= {*prompts.columns["prompt"]} and len(pairs) == 12
     with pytest.raises(ValueError, match="chat_template is not set"):
         load(flags, dataset=data)
-
-
-def test_a_text_becomes_the_user_turn(chatty, flags):
-    prompts, _, tokenizer = load(flags, model=chatty)
+    prompts, _, tokenizer = load(flags, model=chatty)  # texts become user turns
     text = tokenizer.decode(prompts.prompt_ids[0][prompts.prompt_mask[0].bool()])
     assert text == f"<|start|><user>{prompts.columns['prompt'][0]}</><assistant>"
 
@@ -170,15 +152,6 @@ def test_a_model_that_misreads_packed_rows_is_refused(family, sizes, flags, tmp_
     name = save(CAUSAL.from_config(config), tmp_path / "odd")
     with pytest.raises(UserError, match=f"--model {name} .*packed rows"):
         harness.load_policies(config_of("pilaf", flags, model=name))
-
-
-def test_samples_that_stand_in_for_references_change_with_the_seed(flags, tmp_path):
-    data = write(tmp_path / "data.jsonl", [{"prompt": f"The cat {i}:"} for i in range(20)])
-    found = set()
-    for seed in (0, 1):
-        task = harness.load(config_of("pilaf", flags, dataset=data, seed=seed), None)
-        found.add(tuple(task.held_out.columns["reference"]))
-    assert len(found) == 2 and len(set().union(*found)) > 5
 
 
 @pytest.mark.parametrize("name", ["ref_model", "erm_backbone"])

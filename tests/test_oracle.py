@@ -1,9 +1,7 @@
 """Is the annotator asked, paid and believed as it should be? Oracles of one's own, and labels."""
 
 import contextlib
-import importlib.util
 import math
-import shutil
 from pathlib import Path
 
 import common
@@ -11,28 +9,19 @@ import harness
 
 import pytest
 import torch
-import transformers
-from conftest import contents, make_model, rows
-from test_loading import CLASSIFIER, TEMPLATE, save
-from test_run import ARMS, SCRIPTS, Rule, Stopped, config_of, stops, train, write
+from conftest import contents, make_model, make_tokenizer, rows, save
+from test_loading import CLASSIFIER, TEMPLATE
+from test_run import ARMS, SCRIPTS, Rule, config_of, train
 
-JUDGES = '''
-import torch
-from harness import Oracle
+HEAD = dict(num_labels=1, pad_token_id=0)
 
-class Longer(Oracle):
-    """Scores alone."""
 
-    def score(self, prompts, responses):
-        return torch.tensor([[len(text) for text in row] for row in responses])
-
-class Alphabetical(Oracle):
+class Alphabetical(harness.Oracle):
     """Compares alone, as a person would."""
 
     def prefer(self, prompts, duels, rewards):
         assert rewards is None
         return torch.tensor([first < second for first, second in duels])
-'''
 
 
 def labels_of(config: harness.Config, gap: float, *nums: int) -> torch.Tensor:
@@ -66,34 +55,24 @@ def test_the_coins_differ_from_label_to_label_from_round_to_round_and_with_the_s
         assert 0.25 < (a != b).double().mean() < 0.75
 
 
-@pytest.fixture
-def judges(tmp_path, monkeypatch):
-    """Two oracles that are defined in another folder, which is the working directory."""
-    monkeypatch.chdir(tmp_path)
-    Path("judges.py").write_text(JUDGES)
-    spec = importlib.util.spec_from_file_location("judges", "judges.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("judge", ["Longer", "Alphabetical"])
+@pytest.mark.parametrize("judge", [Rule, Alphabetical])
 @pytest.mark.parametrize("script, arm", [ARMS[0], ARMS[2], ARMS[4]])
-def test_score_or_prefer_alone_needs_no_reward_model(script, arm, judge, judges, flags):
+def test_score_or_prefer_alone_needs_no_reward_model(script, arm, judge, flags, monkeypatch):
+    monkeypatch.chdir(Path(flags["output_dir"]).parent)
     flags |= {"reward_model": "./tiny/reward_model"}  # the default, which is not in this folder
-    folder = train(script, flags, getattr(judges, judge), labels="argmax", **arm)
+    folder = train(script, flags, judge, labels="argmax", **arm)
     pairs = [row for row in rows(folder / "preferences.jsonl") if row["source"] == "oracle"]
     texts = [(row["chosen"].strip(), row["rejected"].strip()) for row in pairs]
-    is_right = {"Longer": lambda a, b: len(a) >= len(b), "Alphabetical": lambda a, b: a < b}
+    is_right = {Rule: lambda a, b: len(set(a)) >= len(set(b)), Alphabetical: lambda a, b: a < b}
     assert len(texts) == 12 and all(is_right[judge](*pair) for pair in texts)
     last = rows(folder / "metrics.jsonl")[-1]
-    assert ({"win_rate", "reward"} <= last.keys()) == (judge == "Longer") and "kl" in last
+    assert ({"win_rate", "reward"} <= last.keys()) == (judge is Rule) and "kl" in last
 
 
 @pytest.mark.parametrize("script, more", [("selm", {}), ("sea", dict(best_of_n=2))])
-def test_a_ranking_and_the_best_of_n_need_scores(script, more, judges, flags):
+def test_a_ranking_and_the_best_of_n_need_scores(script, more, flags):
     with pytest.raises(common.UserError, match="score"):
-        train(script, flags, judges.Alphabetical, **more)
+        train(script, flags, Alphabetical, **more)
 
 
 class Watched(Rule):
@@ -114,7 +93,7 @@ def ask(script: str, flags: dict, patience: int | None = None, **more) -> list[t
     config = config_of(script, flags, **more)
     oracle = Watched(config)
     oracle.stop_at = patience
-    with contextlib.nullcontext() if patience is None else pytest.raises(Stopped):
+    with contextlib.nullcontext() if patience is None else pytest.raises(TimeoutError):
         SCRIPTS[script].train(config, oracle)
     return oracle.asked
 
@@ -176,19 +155,6 @@ def test_a_block_that_was_bought_in_part_is_scored_whole_again(flags, tmp_path):
     assert sizes == [4, 4, 4]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_texts_with_line_separators_survive_a_crash(script, flags, tmp_path):
-    """U+2028 and U+0085, which web pages are full of, end a line in Python, but not in a file."""
-    text = "cat\u2028sat\x85on\x1c a\x0bmat \U0001f408"
-    table = [dict(prompt=f"{text} {i}", reference=text, other="a" + text) for i in range(60)]
-    more = dict(dataset=write(tmp_path / "data.jsonl", table), max_prompt_length=100)
-    more |= {"erm_backbone": "reference"} if script == "sea" else {}
-    whole = train(script, flags, Rule, **more, output_dir=str(tmp_path / "whole"))
-    with pytest.raises(Stopped):
-        train(script, flags, stops(6), **more)
-    assert contents(train(script, flags, Rule, **more, resume="")) == contents(whole)
-
-
 @pytest.mark.parametrize(
     "template, start, end",
     [(None, "<|start|>Why?", ""), (TEMPLATE, "<|start|><user>Why?</><assistant>", "</>")],
@@ -199,14 +165,12 @@ def test_a_score_is_one_unbatched_forward_of_a_text_with_one_bos(
 ):
     """A plain model reads prompt, space and stripped response behind its tokenizer's BOS; a chat
     model reads its template, which has the BOS already. Scoring costs no label."""
-    name = str(shutil.copytree(flags["reward_model"], tmp_path / "rm"))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-    tokenizer.chat_template = template
-    tokenizer.save_pretrained(name)
+    model, tokenizer = make_model(CLASSIFIER, "gpt_neox", 2, **HEAD), make_tokenizer()
+    name = save(model, tmp_path / "rm", chat_template=template)
     config = config_of("pilaf", flags, reward_model=name, micro_batch_size=size)
     oracle = harness.RewardModelOracle(config)
     found = oracle.score(["Why?", "Why?"], [["Because.", " "], [" A cat sat\n", ""]])
-    model, rewards = CLASSIFIER.from_pretrained(name), []
+    rewards = []
     for text in ("Because.", "", "A cat sat", ""):
         text = start + (" " if text and not template else "") + text + end
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -224,8 +188,8 @@ def test_what_the_texts_of_a_prompt_begin_with_alike_is_read_once_where_the_mode
     family, is_packed, template, flags, tmp_path
 ):
     """Not with ALiBi, whose distances cannot start again. A chat may end with what pads."""
-    save(make_model(CLASSIFIER, family, 5, num_labels=1, pad_token_id=0), tmp_path)
-    config = config_of("pilaf", flags, reward_model=str(tmp_path), micro_batch_size=2)
+    name = save(make_model(CLASSIFIER, family, 5, **HEAD), tmp_path / "rm")
+    config = config_of("pilaf", flags, reward_model=name, micro_batch_size=2)
     oracle, sizes = harness.RewardModelOracle(config), []
     oracle.tokenizer.chat_template = template
     texts = {"Why?": ["cats", "cats sat", ""], "": ["a", "a", "a"], "The cat": ["", "mat", "m"]}
@@ -241,10 +205,8 @@ def test_what_the_texts_of_a_prompt_begin_with_alike_is_read_once_where_the_mode
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_reward_that_is_not_finite_is_an_error(value, flags, tmp_path):
-    name = str(shutil.copytree(flags["reward_model"], tmp_path / "rm"))
-    model = CLASSIFIER.from_pretrained(name)
+    model = make_model(CLASSIFIER, "gpt_neox", 2, **HEAD)
     with torch.no_grad():
         model.score.weight[0, 0] = value
-    model.save_pretrained(name)
     with pytest.raises(common.UserError, match="not finite"):
-        train("pilaf", flags, reward_model=name)
+        train("pilaf", flags, reward_model=save(model, tmp_path / "rm"))

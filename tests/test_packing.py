@@ -15,7 +15,7 @@ from harness import Config
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, plain_token_logps, real_ids
+from conftest import make_batch, plain_response, plain_token_logps, real_ids
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,22 +66,6 @@ def assert_near(found: Tensor, expected: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- pack, layout, mask
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 5)])
-def test_pack_moves_real_values_together_and_unpack_puts_them_back(shape):
-    rng = torch.Generator().manual_seed(0)
-    mask = (torch.rand(shape, generator=rng) < 0.5).long()
-    mask[2] = 0  # a row without any
-    values = torch.randint(1, 100, shape, generator=rng)
-    packed = common.pack(values, mask)
-    rows = [[v for v, m in zip(values[b].flatten(), mask[b].flatten()) if m] for b in range(4)]
-    size = max(map(len, rows))
-    assert packed.tolist() == [row + [0] * (size - len(row)) for row in rows]
-    assert torch.equal(common.unpack(packed, mask), values * mask)
-    assert torch.equal(common.pack(common.unpack(packed, mask), mask), packed)
-    wide = torch.stack([packed, -packed], dim=-1)  # (B, L, 2)
-    assert torch.equal(common.unpack(wide, mask)[..., 1], -values * mask)
 
 
 def test_layout_equals_a_loop_over_the_definition(batch):
@@ -181,31 +165,7 @@ def test_an_empty_response_raises(model, batch):
         token_logps(model, batch)
 
 
-@pytest.mark.parametrize("size", [1, 2, 64])
-def test_frozen_logps_are_sums_over_tokens_whatever_the_micro_batch_size(model, batch, size):
-    logps = common.frozen_logps(model, batch, Config(micro_batch_size=size))
-    expected = plain_token_logps(model, batch).sum(-1)
-    assert not logps.requires_grad
-    torch.testing.assert_close(logps, expected.detach(), rtol=1e-5, atol=1e-5)
-    nobody = batch.select(torch.arange(0))
-    assert common.frozen_logps(model, nobody, Config()).shape == (0, 3)
-
-
 # ---------------------------------------------------------------- generation
-
-
-def plain_response(
-    model: nn.Module, prompt: list[int], uniforms: list[float], eos: list[int], temperature: float
-) -> list[int]:
-    """A response, recomputed from its first token at each step, without padding or a cache."""
-    response = []
-    for uniform in uniforms:
-        logits = model(torch.tensor([prompt + response])).logits[0, -1].double()
-        cumulative = (logits / temperature).softmax(-1).cumsum(-1).tolist()
-        response.append(next(k for k, total in enumerate(cumulative) if total > uniform))
-        if response[-1] in eos:
-            break
-    return response
 
 
 @pytest.mark.parametrize("num, temperature", [(1, 1.0), (2, 0.6), (5, 1.0)])
@@ -247,24 +207,6 @@ def test_a_response_that_has_ended_costs_nothing_more(model, batch):
         torch.testing.assert_close(logits[is_open], expected[is_open], rtol=1e-4, atol=1e-4)
         assert not logits[~is_open].any() and logits.dtype == torch.float32
     assert sizes == [10, 4, 4, 3, 3]  # the prompt's; in the end prompt 2 has three open ones
-
-
-def test_a_response_ends_with_any_eos_and_generation_with_the_last_response(batch):
-    script = torch.tensor([[[3, 4, 9, 5], [8, 1, 1, 1]], [[1, 2, 8, 4], [1, 9, 3, 9]]])
-    prompts, calls = batch.select(torch.arange(2)), []
-
-    def next_logits(tokens: Tensor, is_open: Tensor) -> Tensor:
-        calls.append((tokens[is_open].tolist(), is_open.int().tolist()))
-        return F.one_hot(script[..., len(calls) - 1], 10).double().log().float()
-
-    eos = torch.tensor([8, 9])
-    ids, mask = common.generate(next_logits, prompts, torch.rand(2, 2, 4), eos, 1.0)
-    assert (ids * mask).tolist() == [[[3, 4, 9, 0], [8, 0, 0, 0]], [[1, 2, 8, 0], [1, 9, 0, 0]]]
-    assert mask.tolist() == [[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 1, 1, 0], [1, 1, 0, 0]]]
-    assert torch.isin(ids[mask == 0], eos).all()
-    last = [row[-1] for row in prompts.prompt_ids.tolist() for _ in range(2)]
-    assert [call[0] for call in calls] == [last, [3, 1, 1], [4, 2]]
-    assert [call[1] for call in calls] == [[[1, 1], [1, 1]], [[1, 0], [1, 1]], [[1, 0], [1, 0]]]
 
 
 @pytest.mark.parametrize("given", [0, 7, [7], [7, 299, 0], None])
@@ -340,23 +282,13 @@ def assert_same_row(found: Batch, row: int, batch: Batch, old: int, picks: list[
     assert found.ref_logps is None or torch.equal(found.ref_logps[row], batch.ref_logps[old, picks])
 
 
-def test_select_keeps_prompts_responses_texts_masks_and_ref_logps_together(batch):
-    rows, picks = [2, 0, 2], [[1, 0], [2, 2], [0, 1]]
-    chosen = batch.select(torch.tensor(rows), torch.tensor(picks))
-    assert len(chosen) == 3 and chosen.ref_logps.shape == (3, 2)
-    for row in range(3):
-        assert_same_row(chosen, row, batch, rows[row], picks[row])
-    assert_same_row(batch.select(torch.tensor([1])), 0, batch, 1, [0, 1, 2])
-    prompts = batch.select(torch.arange(3), torch.zeros(3, 0).long())
-    assert prompts.response_ids.shape == (3, 0, 6) and prompts.responses == [[], [], []]
-    assert prompts.select(torch.tensor([2, 1])).response_ids.shape == (2, 0, 6)
-
-
-def test_stacked_and_beside_join_prompts_and_responses_as_they_were(batch):
-    stacked = common.stacked([batch, batch.select(torch.tensor([2, 0]))])
+def test_select_stacked_and_beside_keep_texts_tokens_masks_and_ref_logps_together(batch):
+    picks = [[0, 1, 2], [0, 1, 2], [0, 1, 2], [1, 0, 2], [2, 2, 0]]
+    part = batch.select(torch.tensor([2, 0]), torch.tensor(picks[3:]))
+    stacked = common.stacked([batch, part])
     assert len(stacked) == 5 and stacked.ref_logps.shape == (5, 3)
     for row, old in enumerate([0, 1, 2, 2, 0]):
-        assert_same_row(stacked, row, batch, old, [0, 1, 2])
+        assert_same_row(stacked, row, batch, old, picks[row])
     unscored = common.stacked([replace(batch, ref_logps=None)])  # a part alone
     assert unscored.ref_logps is None and len(unscored) == 3
     columns = [batch.select(torch.arange(3), torch.full((3, 1), n)) for n in (1, 0)]
@@ -466,10 +398,3 @@ def test_what_is_not_finite_is_refused_before_a_weight_moves(batch, bad_loss, sa
     with pytest.raises(UserError, match=said):
         common.train_step(policy, optimizer, batch, losses, config)
     assert torch.equal(policy.table, Bigram().table)
-
-
-def test_a_step_on_no_pairs_is_none(batch):
-    policy, nobody = Bigram(), batch.select(torch.arange(0))
-    optimizer = common.start_optimizer(policy, Config())
-    assert common.train_step(policy, optimizer, nobody, pair_loss, Config()) == {}
-    assert torch.equal(policy.table, Bigram().table) and not optimizer.state

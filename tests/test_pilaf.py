@@ -8,13 +8,12 @@ import types
 import common
 import harness
 import pilaf
-from common import Batch, UserError, generator
+from common import Batch, generator
 
-import conftest
 import pytest
 import torch
 import transformers
-from conftest import make_batch, make_model, plain_token_logps, real_ids, rows
+from conftest import make_batch, make_model, make_tokenizer, plain_token_logps, real_ids, rows, save
 from torch import Tensor, nn
 
 CAUSAL = transformers.AutoModelForCausalLM
@@ -237,33 +236,23 @@ def ending(model) -> list[nn.Module]:
 
 def setting(models, **flags) -> tuple[pilaf.Config, harness.Task, pilaf.Counts]:
     config = pilaf.Config(**{"max_new_tokens": NEW, "device": "cpu"} | flags)
-    task = harness.Task(*models, conftest.make_tokenizer(), None, None, Hashed(config))
+    task = harness.Task(*models, make_tokenizer(), None, None, Hashed(config))
     return config, task, pilaf.Counts()
 
 
 @torch.no_grad()
-def plain_logps(models, ids: list[int], c: float) -> tuple[Tensor, float]:
-    """(1 + c) log pi - c log pi_ref of the next token, (V,), from one unpadded forward of each
-    model without a cache; and its log z."""
-    logps, ref_logps = (model(torch.tensor([ids])).logits[0, -1].double() for model in models)
-    mixed = (1 + c) * logps.log_softmax(-1) - c * ref_logps.log_softmax(-1)
-    return mixed, math.log(mixed.exp().sum().item())
-
-
 def plain_response(models, prompt: list[int], c: float, uniforms: Tensor, temperature: float):
-    """Tokens until EOS, each the first whose cumulative probability exceeds the uniform number; and
-    the sum of their log z."""
+    """Tokens until EOS from (1 + c) log pi - c log pi_ref, each the first whose cumulative
+    probability exceeds the uniform number, without padding or a cache; and the sum of log z."""
     response, total = [], 0.0
     while len(response) < len(uniforms) and response[-1:] != [EOS]:
-        mixed, log_z = plain_logps(models, prompt + response, c)
-        chances, total = (mixed / temperature).softmax(-1).cumsum(-1), total + log_z
+        ids = torch.tensor([prompt + response])
+        logps, ref_logps = (model(ids).logits[0, -1].double().log_softmax(-1) for model in models)
+        mixed = (1 + c) * logps - c * ref_logps  # (V,)
+        total += mixed.exp().sum().log().item()
+        chances = (mixed / temperature).softmax(-1).cumsum(-1)
         response.append(int((chances <= uniforms[len(response)].item()).sum()))
     return response, total
-
-
-def coins(seed: int, number: int) -> Tensor:
-    """The 8 prompts of a round that are interpolated, by the stream of its coins."""
-    return torch.rand(8, generator=generator(seed, "coins", number)) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -283,7 +272,8 @@ def test_samples_weights_and_costs_are_those_of_uncached_loops(
     models = [Counted(model) for model in ending]
     config, task, counts = setting(models, sampler=sampler, seed=seed, micro_batch_size=1, **flags)
     batch = pilaf.sample(config, task, PROMPTS, counts, number)
-    rng, is_mixed = generator(seed, "round", number), coins(seed, number) | (sampler != "pilaf")
+    rng, coins = generator(seed, "round", number), generator(seed, "coins", number)
+    is_mixed = (torch.rand(8, generator=coins) < 0.5) | (sampler != "pilaf")
     sizes = [1, 1] if sampler == "hybrid" else [len(c)]  # each model has a stretch of its own
     uniforms = torch.cat([torch.rand(8, size, NEW, generator=rng) for size in sizes], dim=1)
     log_weights, own = torch.zeros(8), [0, 0]  # own: tokens that policy and reference must read
@@ -306,14 +296,6 @@ def test_samples_weights_and_costs_are_those_of_uncached_loops(
     assert costs["sampling_cost"] == (streams or 2 + 2 * is_mixed.float().mean())
     assert sum(len(model.calls["score"]) for model in models) * len(c) == 8 * passes
     assert costs["annotation_cost"] == sum(read) / len(read)
-
-
-def test_at_the_reference_pilafs_pairs_are_vanillas_with_weight_one(ending):
-    twins = [ending[0], copy.deepcopy(ending[0])]
-    settings = [setting(twins, sampler=sampler) for sampler in ("pilaf", "vanilla")]
-    batch, other = (pilaf.sample(x, task, PROMPTS, counts, 3) for x, task, counts in settings)
-    assert torch.equal(batch.response_ids, other.response_ids)
-    assert batch.columns["weight"] == pytest.approx([1.0] * 8, abs=1e-4)
 
 
 @pytest.mark.parametrize("sampler", ["vanilla", "best_of_n", "best_of_n_oracle"])
@@ -408,10 +390,9 @@ def test_training_waits_for_the_iterations_last_pair(flags, more, sizes, steps, 
 
 @pytest.mark.parametrize("is_weighted", [True, False])
 def test_a_loss_is_dpos_times_its_weight_over_the_mean_of_all_so_far(flags, tmp_path, is_weighted):
-    other, where = make_model(CAUSAL, "gpt_neox", 7), tmp_path / "other"
-    other.save_pretrained(where)
-    conftest.make_tokenizer().save_pretrained(where)
-    more = dict(ref_model=str(where), learning_rate=0.0, importance_weights=is_weighted)
+    other = make_model(CAUSAL, "gpt_neox", 7)
+    more = dict(learning_rate=0.0, importance_weights=is_weighted)
+    more["ref_model"] = save(other, tmp_path / "other")
     metrics, pairs, batches = run_and_replay(flags, [4, 4, 4], **more)
     policy, weights = CAUSAL.from_pretrained(flags["model"]), []
     for number, batch in enumerate(batches):
@@ -426,26 +407,6 @@ def test_a_loss_is_dpos_times_its_weight_over_the_mean_of_all_so_far(flags, tmp_
         share = sum(weights) ** 2 / len(weights) / sum(w**2 for w in weights)
         assert row.get("effective_sample_size", 1.0) == pytest.approx(share, rel=1e-3)
     assert (share < 0.97) == is_weighted
-
-
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("--beta 1.5", "--beta"), ("--sampler_beta 2", "--sampler_beta"),
-        ("--sampler vanilla --sampler_beta .2", "--sampler_beta contradicts --sampler vanilla"),
-        ("--sampler best_of_n --num_candidates 1", "--num_candidates must"),
-        ("--sampler vanilla --num_candidates 8", "contradicts"), ("--num_candidates 3", "contra"),
-        ("--sampler hybrid --importance_weights", "--importance_weights contradicts"),
-        ("--importance_weights --temperature .7", "--importance_weights needs --temperature 1"),
-        ("--importance_weights --sampler_beta .2", "--importance_weights needs"),
-        ("--num_epochs 2", "--num_epochs needs"), ("--num_iterations 0", "--num_iterations"),
-        ("--num_iterations 2 --num_queries 64 --num_epochs 2 --warmup_steps 4", "--warmup_steps 4"),
-        ("--num_iterations 9 --num_queries 8", "--num_queries 8"),
-    ],
-)  # fmt: skip
-def test_flags_that_contradict_are_refused_by_name(flags, words):
-    with pytest.raises(UserError, match=words):
-        pilaf.plan(pilaf.Config(**vars(harness.Parser(pilaf.Config).parse_args(flags.split()))))
 
 
 def test_what_a_flag_left_out_means_depends_on_the_sampler():

@@ -5,13 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import drawing
+import plot
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "notebooks"))
-
-import drawing  # noqa: E402
-import plot  # noqa: E402
 
 
 def write_run(folder: Path, seed: int, rates: list[float], **flags) -> str:
@@ -62,7 +58,7 @@ def test_an_arm_looks_the_same_in_every_figure_and_no_two_look_alike():
 ])  # fmt: skip
 def test_the_command_draws_a_file_or_says_in_one_line_why_not(words, said, tmp_path):
     write_run(tmp_path / "a-1", 1, [0.1, 0.2, 0.3])
-    command = [sys.executable, ROOT / "notebooks" / "plot.py", *words.format(tmp_path).split()]
+    command = [sys.executable, plot.__file__, *words.format(tmp_path).split()]
     options = dict(cwd=tmp_path, capture_output=True, text=True, env={"MPLBACKEND": "agg"})
     done = subprocess.run(command, **options)
     assert (done.returncode, done.stderr.count("\n")) == ((2, 1) if said else (0, 0)), done.stderr

@@ -3,12 +3,10 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import rows
+from conftest import ROOT, rows
 
-ROOT = Path(__file__).resolve().parent.parent
 BACKBONE = ["--erm_backbone", "reference"]
 ARMS = {
     "sea": ["--burn_in", "4", "--num_candidates", "4", "--num_heads", "3", *BACKBONE],
@@ -29,10 +27,6 @@ def launch(script: str, flags: list[str], num: int) -> subprocess.CompletedProce
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
 
 
-def numbers(row: dict) -> dict:
-    return {name: value for name, value in row.items() if isinstance(value, (int, float))}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ARMS)
 @pytest.mark.parametrize("micro_batch_size", [3, 64])  # an uneven last part; fewer parts than two
@@ -43,9 +37,8 @@ def test_two_processes_give_the_metrics_and_pairs_of_one(script, micro_batch_siz
         own = flags | {"output_dir": str(tmp_path / str(num))}
         done = launch(f"{script}.py", words(own) + ARMS[script], num)
         assert done.returncode == 0, done.stderr
-        metrics = [numbers(row) for row in rows(tmp_path / str(num) / "metrics.jsonl")]
-        outcomes.append((metrics, rows(tmp_path / str(num) / "preferences.jsonl")))
-    (alone, pairs), (together, same_pairs) = outcomes
+        outcomes += [rows(tmp_path / str(num) / f"{x}.jsonl") for x in ("metrics", "preferences")]
+    alone, pairs, together, same_pairs = outcomes
     assert len(pairs) > 4 and pairs == same_pairs
     assert len(alone) == len(together) > 1
     for one, two in zip(alone, together):

@@ -22,9 +22,8 @@ import datasets
 import pytest
 import torch
 import transformers
-from conftest import contents, make_batch, plain_token_logps, real_ids, rows
+from conftest import ROOT, contents, make_batch, plain_token_logps, real_ids, rows
 
-ROOT = Path(sea.__file__).parent
 SCRIPTS = {"sea": sea, "selm": selm, "pilaf": pilaf}
 ITERATIONS = dict(num_iterations=2, num_epochs=2, batch_size=2)
 ARMS = [
@@ -60,15 +59,11 @@ def change(path: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
-class Stopped(Exception):
-    """What a judge raises when it times out."""
-
-
 class Rule(harness.Oracle):
     """Scores texts by their number of letters; keeps the questions that labels need, which have two
     texts or more, and stops before one of them or "at the end", in the last evaluation."""
 
-    stop_at, error = None, Stopped
+    stop_at, error = None, TimeoutError
 
     def __init__(self, config) -> None:
         super().__init__(config)
@@ -199,8 +194,8 @@ def test_evaluation_is_at_temperature_1_and_leaves_mode_and_random_state_alone(f
     change(folder / "config.json", hidden_dropout=0.5)
     flags |= dict(model=str(folder), dataset=data)
     state, found = torch.get_rng_state(), []
-    for temperature, is_training in ((1.0, True), (0.01, False)):
-        config = config_of("pilaf", flags, temperature=temperature)
+    for temperature, is_training, seed in ((1.0, True, 3), (0.01, False, 3), (1.0, True, 4)):
+        config = config_of("pilaf", flags, temperature=temperature, seed=seed)
         task = harness.load(config, None)
         task.policy.train(is_training)
         found.append(harness.evaluate(task, config))
@@ -209,6 +204,8 @@ def test_evaluation_is_at_temperature_1_and_leaves_mode_and_random_state_alone(f
     metrics, samples = found[0]
     assert metrics["compared_with"] == "initial policy" and "gold" not in metrics
     assert len(samples) == 5 and all(row["response"] != row["reference"] for row in samples)
+    references = [[row["reference"] for row in own] for _, own in found]
+    assert references[0] != references[2], "another seed"
 
 
 @pytest.mark.parametrize("script, arm", ARMS)
@@ -229,7 +226,7 @@ def test_a_stopped_run_resumes_to_the_bytes_of_an_uninterrupted_one(
     """3b94717 gave no final evaluation to a run that was stopped when all labels were given."""
     more = arm | dict(checkpoint_every=every, eval_every=5)
     whole = train(script, flags, Rule, **more, output_dir=str(tmp_path / "whole"))
-    with pytest.raises(Stopped):
+    with pytest.raises(TimeoutError):
         train(script, flags, stops(at), **more)
     resumed = train(script, flags, Rule, **more, resume="")
     assert contents(resumed) == contents(whole) and not list(resumed.glob("*.tmp"))
@@ -289,10 +286,8 @@ def test_a_run_killed_at_random_moments_resumes_to_the_bytes_of_an_uninterrupted
     assert num_kills >= 2 and contents(about.parent) == contents(whole), errors
 
 
-def test_the_folder_holds_what_is_documented_and_the_model_works(flags):
+def test_the_config_says_what_ran_and_the_model_works(flags):
     folder = train("pilaf", flags)
-    files = {*contents(folder)} - {"model/model.safetensors"}
-    assert {p.name for p in folder.iterdir()} == {*files, "config.json", "checkpoint.pt", "model"}
     about = json.loads((folder / "config.json").read_text())
     assert about["flags"] == vars(config_of("pilaf", flags))
     names = ("torch", "transformers", "datasets", "tqdm")
@@ -303,20 +298,22 @@ def test_the_folder_holds_what_is_documented_and_the_model_works(flags):
 
 
 @pytest.mark.parametrize("script, arm", ARMS[2:])
-def test_a_checkpoint_needs_no_trust_and_a_column_of_dates_does_no_harm(
+def test_a_checkpoint_needs_no_trust_and_neither_dates_nor_line_separators_do_harm(
     script, arm, flags, tmp_path
 ):
-    """Only the columns that the code reads are kept, also in the pairs of unfinished iterations."""
-    row = dict(reference="cat", other="a", day=datetime.date(2024, 1, 1))
-    table = [row | {"prompt": f"The cat {i}:"} for i in range(60)]
+    """Only the columns that the code reads are kept, also in the pairs of unfinished iterations.
+    U+2028 and U+0085, which web pages are full of, end a line in Python, but not in a file."""
+    text = "cat\u2028sat\x85on\x1c a\x0bmat \U0001f408"
+    row = dict(reference=text, other="a" + text, day=datetime.date(2024, 1, 1))
+    table = [row | {"prompt": f"{text} {i}"} for i in range(60)]
     datasets.Dataset.from_list(table).to_parquet(tmp_path / "data.parquet")
-    more = arm | {"dataset": str(tmp_path / "data.parquet")}
-    with pytest.raises(Stopped):
+    more = arm | {"dataset": str(tmp_path / "data.parquet"), "max_prompt_length": 100}
+    whole = train(script, flags, Rule, **more, output_dir=str(tmp_path / "whole"))
+    with pytest.raises(TimeoutError):
         train(script, flags, stops(5), **more)
     state = torch.load(Path(flags["output_dir"], "checkpoint.pt"), weights_only=True)
     assert "'day'" not in str(state) and {"policy", "counts", "labels"} <= state.keys()
-    folder = train(script, flags, Rule, **more, resume="")
-    assert rows(folder / "metrics.jsonl")[-1]["queries"] >= 12
+    assert contents(train(script, flags, Rule, **more, resume="")) == contents(whole)
 
 
 def test_a_run_is_overwritten_only_when_asked_for_and_what_is_no_run_never(flags, tmp_path):
@@ -328,6 +325,9 @@ def test_a_run_is_overwritten_only_when_asked_for_and_what_is_no_run_never(flags
     assert contents(folder) == before
     after = contents(train("pilaf", flags, seed=1, overwrite=True))
     assert all(after[name] != before[name] for name in before)
+    for name in ("config.json", "labels.jsonl"):  # a checkpoint alone is not continued
+        (folder / name).unlink()
+    assert contents(train("pilaf", flags, seed=1)) == after
     (tmp_path / "thesis.txt").write_text("mine")
     with contextlib.suppress(common.UserError):
         train("pilaf", flags, output_dir=str(tmp_path), overwrite=True)
@@ -339,23 +339,6 @@ def test_a_run_is_overwritten_only_when_asked_for_and_what_is_no_run_never(flags
     names = [path.name for path in sorted(Path(flags["model"]).iterdir())]
     assert [path.name for path in sorted(model.iterdir())] == names
     assert (model / "config.json").read_bytes() == Path(flags["model"], names[0]).read_bytes()
-
-
-def test_a_checkpoint_without_a_config_is_not_continued(flags, tmp_path):
-    folder = train("pilaf", flags)
-    (folder / "config.json").unlink()
-    (folder / "labels.jsonl").unlink()
-    train("pilaf", flags, seed=1)
-    fresh = train("pilaf", flags, seed=1, output_dir=str(tmp_path / "fresh"))
-    assert contents(folder) == contents(fresh)
-
-
-def test_an_oracle_object_of_another_run_starts_at_no_label(flags, tmp_path):
-    oracle = Rule(config_of("pilaf", flags))
-    pilaf.train(oracle.config, oracle)
-    folder = pilaf.train(config_of("pilaf", flags, overwrite=True), oracle).folder
-    whole = train("pilaf", flags, Rule, output_dir=str(tmp_path / "whole"))
-    assert contents(folder) == contents(whole)
 
 
 def test_the_default_folder_names_script_arm_changed_flags_and_seed():

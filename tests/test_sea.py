@@ -8,12 +8,13 @@ from statistics import mean, stdev, variance
 import common
 import harness
 import sea
-from common import Batch, UserError
+from common import Batch
 from sea import Config, EpistemicRewardModel, choose_duels
 
 import pytest
 import torch
 from conftest import make_batch, make_model, plain_token_logps, real_ids
+from test_run import Rule
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -270,6 +271,7 @@ def test_apl_keeps_the_prompts_of_highest_entropy_with_their_implicit_rewards():
     assert [real_ids(kept, n, 1) for n in (0, 1)] == [real_ids(batch, b, 1) for b in numbers]
     expected = 0.3 * (logps - ref_logps)[numbers][None]
     torch.testing.assert_close(implicit_rewards, expected, rtol=1e-4, atol=1e-4)
+    assert not implicit_rewards.requires_grad
 
 
 def last_third_regret(seed: int) -> float:
@@ -314,13 +316,6 @@ def plain_features(backbone: nn.Module, batch: Batch) -> Tensor:
     return torch.stack(means).view(*batch.response_mask.shape[:2], -1)
 
 
-def test_features_are_means_over_response_tokens_of_a_plain_forward(model):
-    batch = make_batch([7, 3, 11], [[4, 1, 6], [2, 6, 5], [6, 3, 1]])
-    features = sea.read_features(model.base_model, batch, Config(micro_batch_size=2))
-    expected = plain_features(model.base_model, batch)
-    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
-
-
 def test_ipo_is_on_means_over_tokens_and_the_other_losses_on_sums():
     logps, ref_logps = torch.tensor([[-6.0, -9.0]]), torch.tensor([[-10.0, -9.5]])
     part = make_batch([3], [[2, 5]])  # the margin of sums is 4 - 0.5, of means 2 - 0.1
@@ -341,16 +336,6 @@ def test_head_metrics_equal_a_loop():
 
 
 # ---------------------------------------------------------------- the loop and the flags
-
-
-class Rule(harness.Oracle):
-    """Likes different letters; keeps the duels that it read."""
-
-    read = ()
-
-    def score(self, prompts, responses):
-        self.read += tuple((x, {*y}) for x, y in zip(prompts, responses) if len(y) == 2)
-        return torch.tensor([[len(set(text)) / 4 for text in row] for row in responses])
 
 
 def train(flags: dict, **more) -> harness.Run:
@@ -388,7 +373,7 @@ def test_synthetic_pairs_reach_neither_oracle_nor_heads_and_learning_rate_0_keep
     first = plain_features(backbone, batches[0])[common.distinct(batches[0].responses)]
     torch.testing.assert_close(run.parts["ensemble"].mean, first.mean(0), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(run.parts["ensemble"].pairs, torch.stack(data), rtol=1e-4, atol=1e-4)
-    assert list(run.oracle.read) == duels and len(first) < 16
+    assert [(x, {*y}) for x, y in run.oracle.asked] == duels and len(first) < 16
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -410,17 +395,15 @@ def test_the_budget_is_hit_exactly_and_gamma_shares_the_prompts_from_the_burn_in
         assert given >= 10 or all(is_asked)
         shares += is_asked if given >= 10 else []
         given += sum(is_asked)
-    assert run.oracle.queries == len(run.oracle.read) == given == 77 and len(shares) > 90
+    assert run.oracle.queries == len(run.oracle.asked) == given == 77 and len(shares) > 90
     assert abs(mean(shares) - 0.6) < 3 * math.sqrt(0.24 / len(shares))
 
 
-def test_rounds_that_asked_nothing_do_not_stop_a_run_and_a_policy_of_one_text_does(flags):
-    more = dict(batch_size=2, burn_in=1, num_queries=4, overwrite=True)
+def test_rounds_that_asked_nothing_do_not_stop_a_run(flags):
+    more = dict(batch_size=2, burn_in=1, num_queries=4)
     run = train(flags, **more, gamma=0.02, checkpoint_every=1000)
     asked = [pair["round"] for pair in run.rows["preferences"] if pair["source"] == "oracle"]
     assert len(asked) == 4 and max(b - a for a, b in itertools.pairwise(asked)) > 21
-    with pytest.raises(UserError, match="20 rounds"):
-        train(flags, **more, temperature=1e-4)
 
 
 @pytest.mark.parametrize("explore, num_prompts", [("passive", 4), ("apl", 16)])
@@ -445,18 +428,3 @@ def test_best_of_n_metrics_are_of_the_mean_heads_best_sample_at_temperature_1(fl
     expected = harness.win_metrics(rewards, torch.tensor(task.held_out.columns["reference_reward"]))
     expected["reward"] = mean(rewards.tolist())
     assert metrics == pytest.approx({f"best_of_n_{name}": x for name, x in expected.items()})
-
-
-WRONG = [  # the last flag is to blame
-    dict(gamma=1.5), dict(explore="passive", gamma=0.7), dict(explore="apl", gamma=0.7),
-    dict(num_candidates=1), dict(explore="apl", num_candidates=1), dict(num_heads=1),
-    dict(explore="passive", num_candidates=3), dict(explore="passive", num_heads=2),
-    dict(explore="apl", best_of_n=2, num_heads=0), dict(num_heads=0),
-    dict(explore="apl", loss="ipo"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("flags", WRONG)
-def test_flags_that_contradict_each_other_are_refused(flags):
-    with pytest.raises(UserError, match=f"--{[*flags][-1]} "):
-        Config(**flags)

@@ -1,8 +1,6 @@
 """What tiny/ must be, on the shipped files; the bands were registered before it was made."""
 
-import json
 import re
-from pathlib import Path
 
 import common
 import harness
@@ -13,13 +11,10 @@ from tiny import make
 
 import pytest
 import torch
+from conftest import ROOT, rows
 
-TINY = Path(__file__).resolve().parent.parent / "tiny"
+TINY = ROOT / "tiny"
 NAMES = ("wanted", "wrong", "clutter")
-
-
-def read_rows(name: str) -> list[dict]:
-    return [json.loads(line) for line in (TINY / f"{name}.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +43,7 @@ def test_make_writes_the_same_data_again(tmp_path):
 
 
 def test_the_files_have_their_sizes():
-    train, held_out = read_rows("train"), read_rows("test")
+    train, held_out = rows(TINY / "train.jsonl"), rows(TINY / "test.jsonl")
     assert (len(train), len(held_out)) == (10_000, 1_000)
     assert len({row["prompt"] for row in train + held_out}) == 11_000  # no post twice
     files = [path for path in TINY.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
@@ -56,7 +51,7 @@ def test_the_files_have_their_sizes():
 
 
 def test_a_post_states_its_five_facts_and_no_wrong_version():
-    for row in read_rows("train") + read_rows("test"):
+    for row in rows(TINY / "train.jsonl") + rows(TINY / "test.jsonl"):
         texts = row["wanted"] + row["wrong"] + row["clutter"]
         stated = {t for t in texts if re.search(rf"\b{t}\b", row["prompt"], re.IGNORECASE)}
         assert len(texts) == 15 and len(stated) == 5, row
@@ -65,18 +60,11 @@ def test_a_post_states_its_five_facts_and_no_wrong_version():
 
 
 def test_three_kinds_of_fact_are_wanted_in_all_posts():
-    tables, rows = [*make.TOPICS.values(), make.DETAILS], read_rows("train")
+    tables, train = [*make.TOPICS.values(), make.DETAILS], rows(TINY / "train.jsonl")
     kind_of = {fact: kind for table in tables for kind, facts in table.items() for fact in facts}
-    kinds = {name: {kind_of[text] for row in rows for text in row[name]} for name in NAMES}
+    kinds = {name: {kind_of[text] for row in train for text in row[name]} for name in NAMES}
     assert len(kinds["wanted"]) == 3 and len(kinds["clutter"]) == 5
     assert kinds["wanted"] == kinds["wrong"] and not kinds["wanted"] & kinds["clutter"]
-
-
-def test_gold_is_what_the_annotators_said():
-    kinds = ["fired the printer", "call my mom"], ["it was art"], ["my boss", "the intern"]
-    text = "My BOSS fired the printer! It was art."  # 8 words
-    assert harness.gold_score(text, *kinds) == pytest.approx(1.5 - 1.5 - 0.5 - 0.8)
-    assert harness.gold_score("Call my mom", *kinds) == pytest.approx(1.5 - 0.3)
 
 
 # ---------------------------------------------------------------- the policy and the oracle
