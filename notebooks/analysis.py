@@ -289,6 +289,26 @@ def rate_table(arms: dict[str, Runs]) -> str:
     return "\n".join(lines)
 
 
+def simulator_table(path: Path = RESULTS / "simulator.jsonl") -> str:
+    """Markdown: rules for duels without a policy, by backbone: accuracy and share at the end of the
+    budget, and how many times as many labels random duels need (`label_ratio`)."""
+    runs = defaultdict(lambda: defaultdict(list))  # (backbone, rule) -> seed -> rows
+    for row in map(json.loads, path.read_text().splitlines()):
+        runs[row["backbone"], row["rule"]][row["seed"]].append(row)
+    lines = ["| backbone | rule | accuracy | share | random's labels / own |", "|---" * 5 + "|"]
+    for (backbone, rule), seeds in runs.items():
+        own, random = (
+            np.array([[row["share"] for row in rows] for rows in runs[backbone, name].values()])
+            for name in (rule, "random")
+        )
+        labels = tuple(row["queries"] for row in seeds[0])
+        ratio, low, high = label_ratio(random, own, labels)
+        cells = [Path(backbone).name, rule, with_stderr(values(seeds, "accuracy"))]
+        cells += [with_stderr(own[:, -1]), f"{ratio:.2f} ({low:.2f} to {high:.2f})"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     print("The search for learning rates\n\n" + rate_table(load("rates", "bernoulli")))
     for rule in ("bernoulli", "argmax"):
@@ -296,6 +316,7 @@ def main() -> None:
         print(f"\n{rule}\n\n{arm_table(arms)}\n\n{verdict_table(arms)}")
         print("\n" + efficiency_table(arms) if "passive" in arms else "")
     print("\nBackbones\n\n" + arm_table(load("backbones", "bernoulli")))
+    print("\n... without a policy\n\n" + simulator_table())
 
 
 if __name__ == "__main__":
