@@ -157,7 +157,7 @@ def against_clone(args: argparse.Namespace) -> None:
         )
 
 
-# By default TRL checkpoints gradients and therefore samples without a cache: 3.5 times the products.
+# By default TRL checkpoints gradients, and so samples without a cache: 3.5 times the products.
 TUNED = {"gradient_checkpointing": False, "logging_strategy": "no", "dataloader_pin_memory": False}
 
 

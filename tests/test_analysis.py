@@ -1,6 +1,7 @@
 """Are the numbers of notebooks/compare.ipynb computed rightly? Brute force and known truths."""
 
 import itertools
+import json
 import math
 
 import analysis
@@ -69,6 +70,16 @@ def test_labels_that_random_duels_need_over_a_rules_are_read_off_the_mean_curves
     for own, ratio in ((random, 1), (twice_as_fast, 2), (never, 0)):
         found = analysis.label_ratio(random, own, (0, 100, 200, 400), draws=9)
         assert found == pytest.approx((ratio,) * 3)
+
+
+def test_the_simulators_table_sets_a_rule_beside_random_duels_on_the_same_backbone(tmp_path):
+    shares = {"a": ((0, 8, 10), (0, 10, 10)), "b": ((0, 16, 20), (0, 16, 20))}
+    rows = [dict(backbone=b, rule=rule, seed=seed, queries=100 * n, accuracy=0.5, share=share)
+            for b, both in shares.items() for rule, curve in zip(("random", "bai"), both)
+            for seed in range(2) for n, share in enumerate(curve)]  # fmt: skip
+    (tmp_path / "rows").write_text("\n".join(map(json.dumps, rows)))
+    table = analysis.simulator_table(tmp_path / "rows").splitlines()[2:]
+    assert [line.split("|")[5].split()[0] for line in table] == ["1.00", "1.67", "1.00", "1.00"]
 
 
 # ---------------------------------------------------------------- verdicts

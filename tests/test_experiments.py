@@ -76,15 +76,13 @@ def test_repeated_pairs_take_seas_number_of_steps_on_passives_labels(flags, monk
     assert abs(run.counts.gradient_steps - expected) < 14
 
 
-def test_my_rule_takes_two_of_the_mean_heads_best_four_and_leaves_synthetic_pairs_alone():
+def test_my_rule_takes_two_candidates_and_leaves_synthetic_pairs_alone():
     config, rng = sea.Config(), torch.Generator()
     rewards = torch.randn(3, 60, 9, generator=rng.manual_seed(0))
     batch = make_batch([3] * 60, [[2] * 9] * 60)
     is_synthetic = torch.tensor([True, False] * 30)
     found = my_rule.choose_duels(config, batch, rewards, is_synthetic, rng.manual_seed(1))
     own = sea.choose_duels(config, batch, rewards, is_synthetic, rng.manual_seed(1))
-    best = rewards.mean(0).topk(4).indices
     for place in range(2):
         assert torch.equal(found[place][is_synthetic], own[place][is_synthetic])
-        assert (found[place][:, None] == best).any(1)[~is_synthetic].all()
     assert (found[0] != found[1]).all()
