@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# Threads that wait for work sleep soon and leave a busy browser its core; read as torch is loaded.
+# Linux: OpenMP's threads sleep soon when idle, for a busy browser's sake; read as torch is loaded.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 

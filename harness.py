@@ -242,8 +242,8 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
     known, where = rows.column_names, f"--dataset {config.dataset}"
     gold = ("wanted", "wrong", "clutter")
     columns = {name: rows[name][:] for name in gold} if set(gold) <= set(known) else {}
-    for name in ("prompt", "reference", "other"):
-        named = getattr(config, f"{name}_column", "")  # None: the default, which may be missing
+    for name in [n for n in ("prompt", "reference", "other") if hasattr(config, f"{n}_column")]:
+        named = getattr(config, f"{name}_column")  # None: the default, which may be missing
         wanted = name if named is None else named
         if wanted in known:
             role = "user" if name == "prompt" else "assistant"
@@ -252,7 +252,7 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
             is_text = all(isinstance(text, str) and text.strip() for text in texts)
             require(is_text, f"{where}: a row's {wanted} is empty, or not text")
             columns[name] = texts
-        elif named:
+        elif named is not None:
             raise UserError(f"{where} has no --{name}_column {wanted}; it has {', '.join(known)}")
     texts = rows[config.prompt_column][:]
     is_chat = bool(tokenizer.chat_template) or not isinstance(texts[0], str)

@@ -291,9 +291,9 @@ def rate_table(arms: dict[str, Runs]) -> str:
 
 def simulator_table(path: Path = RESULTS / "simulator.jsonl") -> str:
     """Markdown: rules for duels without a policy, by backbone: accuracy and share at the end of the
-    budget, and how many times as many labels random duels need (`label_ratio`)."""
+    budget, and how many times as many labels random duels need, with 90 % intervals."""
     runs = defaultdict(lambda: defaultdict(list))  # (backbone, rule) -> seed -> rows
-    for row in map(json.loads, path.read_text().splitlines()):
+    for row in map(json.loads, path.read_text().splitlines() if path.exists() else ()):
         runs[row["backbone"], row["rule"]][row["seed"]].append(row)
     lines = ["| backbone | rule | accuracy | share | random's labels / own |", "|---" * 5 + "|"]
     for (backbone, rule), seeds in runs.items():
@@ -303,7 +303,7 @@ def simulator_table(path: Path = RESULTS / "simulator.jsonl") -> str:
         )
         labels = tuple(row["queries"] for row in seeds[0])
         ratio, low, high = label_ratio(random, own, labels)
-        cells = [Path(backbone).name, rule, with_stderr(values(seeds, "accuracy"))]
+        cells = [backbone, rule, with_stderr(values(seeds, "accuracy"))]
         cells += [with_stderr(own[:, -1]), f"{ratio:.2f} ({low:.2f} to {high:.2f})"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -13,9 +13,6 @@ import math
 import sys
 from pathlib import Path
 
-import torch
-import transformers
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -23,6 +20,9 @@ import common  # noqa: E402
 import harness  # noqa: E402
 import sea  # noqa: E402
 from notebooks import simulator  # noqa: E402
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import os
 import platform
 import shlex
 import statistics
+import subprocess
 import sys
 import time
 from collections import defaultdict
@@ -160,19 +161,22 @@ def collect(runs: Path, stage: str) -> None:
     path.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
 
 
-def simulate() -> None:
-    """Write results/simulator.jsonl: three rules for duels on the three backbones, no policy in the
-    loop (simulator.py); a row has the `accuracy` and `share` of a run after so many labels."""
+def simulate(device: str) -> None:
+    """Write results/simulator.jsonl, at the end: three rules for duels on the three backbones, no
+    policy in the loop (simulator.py); a row has `accuracy` and `share` after so many labels."""
+    os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
     import sea
     from notebooks import simulator
 
-    rows = []
-    for backbone in ("reference", "./tiny/erm_backbone", "./tiny/reward_model"):
-        config = sea.Config(erm_backbone=backbone)
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout
+    rows, where = [], dict(commit=commit.strip(), machine=machine(device))
+    places = {"reader": "./tiny/erm_backbone", "oracle": "./tiny/reward_model"}
+    for backbone, place in ({"reference": "reference"} | places).items():
+        config = sea.Config(erm_backbone=place, device=device)
         posts = simulator.prepare(False, 1024, config), simulator.prepare(True, 256, config)
         for rule, seed in tqdm([*itertools.product(("random", "bai", "best_two"), range(20))]):
-            about = dict(backbone=backbone, rule=rule, seed=seed)
+            about = dict(backbone=backbone, rule=rule, seed=seed) | where
             found = simulator.simulate(simulator.RULES[rule], seed, *posts)
             for queries, (accuracy, share) in zip(simulator.POINTS, found):
                 rows.append(about | dict(queries=queries, accuracy=accuracy, share=share))
@@ -193,7 +197,9 @@ def main() -> None:
     parser.add_argument("--collect", action="store_true", help="only write results/ from --runs")
     args = parser.parse_args()
     if args.stage == "simulator":
-        return simulate()
+        if args.list or args.collect or args.arms or args.seeds:
+            parser.error("--stage simulator takes no flag but --device")
+        return simulate(args.device)
     if args.collect:
         return collect(args.runs, args.stage)
     todo = jobs_of(args.stage, args.arms, args.seeds)

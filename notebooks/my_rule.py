@@ -14,13 +14,13 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common  # noqa: E402
 import harness  # noqa: E402
 import sea  # noqa: E402
+
+import torch  # noqa: E402
 
 
 def my_rule(batch: common.Batch, rewards: torch.Tensor, rng: torch.Generator) -> tuple:

@@ -11,14 +11,14 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
-import torch
-from torch import Tensor, nn
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common  # noqa: E402
 import harness  # noqa: E402
 import sea  # noqa: E402
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
 
 GAMMA = 0.7  # SEA's
 

@@ -16,9 +16,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -27,6 +24,9 @@ import harness  # noqa: E402
 import sea  # noqa: E402
 from notebooks import analysis, drawing  # noqa: E402
 from tiny import make  # noqa: E402
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
 
 Posts = namedtuple("Posts", ("batch", "features", "rewards"))  # (B, N), (B, N, D), (B, N)
 POINTS = (0, 32, 64, 128, 256, 384, 512, 768, 1024)  # numbers of labels at which we measure

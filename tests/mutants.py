@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = {  # the files that matter, those first that kill most
     "common.py": "formulas packing selm pilaf sea oracle run loading",
     "harness.py": "formulas oracle run loading bad_input",
-    **{f"{name}.py": f"{name} run" for name in ("sea", "selm", "pilaf")},
+    **{f"{name}.py": f"{name} run bad_input" for name in ("sea", "selm", "pilaf")},
 }
 # The formula functions: all but these, and of harness.py these alone.
 PLUMBING = {"Cache", "Config", "Replay", "autocast", "load_ensemble", "plan", "train"}

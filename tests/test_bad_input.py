@@ -69,11 +69,12 @@ def test_a_number_out_of_range_is_refused_by_name_and_0_where_it_has_no_meaning(
         ("selm --resume --overwrite", "--resume excludes --overwrite"),
         ("selm --resume elsewhere", "--resume names another folder than --output_dir"),
         ("pilaf --sampler best_of_n_oracle --num_candidates 13", "a prompt takes 13 labels"),
+        ("pilaf --num_iterations 9 --num_queries 8", "--num_queries 8 pays for no prompt"),
         ("pilaf --dataset README.md", "README.md: not a json, jsonl, csv or parquet file"),
         ("sea --temperature 1e-4", "20 rounds"),  # in mid-run, not garbled by the progress bar
     ],
 )  # fmt: skip
-def test_a_command_that_cannot_be_meant_is_refused_by_name(command, said, refused):
+def test_a_command_that_cannot_be_meant_or_collapses_says_so_in_a_line(command, said, refused):
     assert said in refused(*command.split())
 
 
@@ -92,7 +93,7 @@ def test_a_command_that_cannot_be_meant_is_refused_by_name(command, said, refuse
         "pilaf --beta 1.5", "pilaf --sampler_beta 2", "pilaf --sampler vanilla --sampler_beta .2",
         "pilaf --sampler best_of_n --num_candidates 1", "pilaf --num_candidates 3",
         "pilaf --sampler vanilla --num_candidates 8", "pilaf --num_epochs 2",
-        "pilaf --sampler hybrid --importance_weights", "pilaf --num_iterations 9 --num_queries 8",
+        "pilaf --sampler hybrid --importance_weights",
         "pilaf --importance_weights --temperature .7",
         "pilaf --importance_weights --sampler_beta .2",
         "pilaf --num_iterations 2 --num_queries 16 --num_epochs 2 --warmup_steps 4",

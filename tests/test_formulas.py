@@ -57,6 +57,7 @@ def test_dpo_starts_at_log_2_with_gradient_beta_over_2():
     logps = REF_LOGPS.clone().requires_grad_()
     losses = dpo(logps, REF_LOGPS, 0.1)
     assert losses.tolist() == pytest.approx([math.log(2)] * 3)
+    assert dpo(torch.tensor([[-1e5, 0]]), torch.zeros(1, 2), 0.1) == 1e4, "finite far down"
     (gradient,) = torch.autograd.grad(losses.sum(), logps)
     torch.testing.assert_close(gradient, torch.tensor([[-0.05, 0.05]] * 3, dtype=torch.double))
 

@@ -241,7 +241,7 @@ def setting(models, **flags) -> tuple[pilaf.Config, harness.Task, pilaf.Counts]:
 
 
 @torch.no_grad()
-def plain_response(models, prompt: list[int], c: float, uniforms: Tensor, temperature: float):
+def plain_mixture(models, prompt: list[int], c: float, uniforms: Tensor, temperature: float):
     """Tokens until EOS from (1 + c) log pi - c log pi_ref, each the first whose cumulative
     probability exceeds the uniform number, without padding or a cache; and the sum of log z."""
     response, total = [], 0.0
@@ -281,7 +281,7 @@ def test_samples_weights_and_costs_are_those_of_uncached_loops(
         coefficients = c if is_mixed[b] else (0, 0)
         for n, k in enumerate(coefficients):
             prompt, response = real_ids(batch, b, n)
-            expected, total = plain_response(ending, prompt, k, uniforms[b, n], config.temperature)
+            expected, total = plain_mixture(ending, prompt, k, uniforms[b, n], config.temperature)
             assert response == expected
             log_weights[b] += total
         for m, unused in enumerate((-1, 0)):  # c of a response in which that model has no part
