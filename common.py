@@ -19,9 +19,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-# Linux: OpenMP's threads sleep soon when idle, for a busy browser's sake; read as torch is loaded.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+# Linux: idle threads soon sleep and leave a browser its core; OpenMP reads this as torch is loaded.
+if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(os.environ):
+    os.environ["GOMP_SPINCOUNT"] = "3000"
+    import torch
+
+    del os.environ["GOMP_SPINCOUNT"]
 
 import torch
 import torch.nn.functional as F

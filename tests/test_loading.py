@@ -90,8 +90,9 @@ def test_a_prompt_that_is_empty_or_no_text_is_refused(prompt, flags, tmp_path):
 
 @pytest.mark.parametrize("script, name", [*zip(SCRIPTS, ("reference", "other", "prompt"))])
 def test_a_column_that_was_named_and_is_not_there_is_an_error(script, name, flags, tmp_path):
-    with pytest.raises(UserError, match=f"--{name}_column answr.* wanted"):  # there are others
-        load(flags, script, **{f"{name}_column": "answr"})
+    for wrong in ("answr", ""):
+        with pytest.raises(UserError, match=f"--{name}_column {wrong}; it has .*wanted"):
+            load(flags, script, **{f"{name}_column": wrong})
     data = write(tmp_path / "data.jsonl", [{"text": "cat"}] * 8)
     with pytest.raises(UserError, match=f"--{name}_column {name}; it has text"):  # by its own name
         load(flags, script, **dict(dataset=data, prompt_column="text") | {f"{name}_column": name})
