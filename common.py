@@ -4,19 +4,17 @@ Everything is B prompts with N responses each. A prompt and its responses are co
 *packed row*, ``prompt | y_1 | ... | y_N``: a mask lets each response see the prompt and itself
 only, and positions restart after the prompt, so the prompt is computed and kept once.
 
-Shapes: B prompts, N responses a prompt, P prompt tokens, R response tokens, L response tokens of a
-packed row, S = P + L, V vocabulary. Prompts are padded on the left, responses on the right. A mask
-is 1 on every real token, a response's first and EOS too; it is never derived from ids, since the
-padding may be EOS as well.
+Shapes: P prompt tokens, R response tokens, L response tokens of a packed row, S = P + L, V
+vocabulary. Prompts are padded on the left, responses on the right. A mask is 1 on every real token,
+a response's first and EOS too; it is never derived from ids, since the padding may be EOS as well.
 """
 
-import dataclasses
 import inspect
 import math
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # Linux: idle threads soon sleep and leave a browser its core; OpenMP reads this as torch is loaded.
@@ -55,33 +53,24 @@ def ranks() -> tuple[int, int]:
 
 
 def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
-    """Concatenate `function(rows)` over micro-batches of at most `size` of `count` rows; it returns
-    a tensor, or a tuple of tensors, with an entry a row, on the CPU.
-
-    Every heavy computation goes through here, so `size` bounds the memory of all.
+    """Concatenate `function(rows)`, a tensor or a tuple of tensors with an entry a row, on the CPU,
+    over micro-batches of at most `size` of `count` rows; this bounds the memory of all that is
+    heavy. Of several processes each does every n-th micro-batch and gets the others' results.
     """
-    num_ranks = ranks()[1]
+    rank, num_ranks = ranks()
     parts = torch.arange(count).split(min(size, max(1, -(-count // num_ranks))))
-    results = dealt(function, parts) if num_ranks > 1 else [function(rows) for rows in parts]
+    results, everyone = None, [None] * num_ranks
+    try:
+        results = [function(rows) for rows in parts[rank::num_ranks]]
+    finally:  # the others wait, also for a process that fails
+        if num_ranks > 1:
+            distributed.all_gather_object(everyone, results)
+    if num_ranks > 1:
+        require(None not in everyone, "another process failed")
+        results = [everyone[n % num_ranks][n // num_ranks] for n in range(len(parts))]
     if isinstance(results[0], tuple):
         return tuple(torch.cat(column) for column in zip(*results))
     return torch.cat(results)
-
-
-def dealt(function: Callable[[Tensor], Any], parts: tuple[Tensor, ...]) -> list[Any]:
-    """`function(rows)` of all parts, in order: of several processes each computes every n-th and
-    sends what came out, or what went wrong, to the others. All else they do alike."""
-    (rank, num_ranks), results, error, cause = ranks(), [], None, None
-    try:
-        results = [function(rows) for rows in parts[rank::num_ranks]]
-    except Exception as problem:
-        error, cause = UserError(f"process {rank}: {problem}"), problem
-    everyone = [None] * num_ranks
-    distributed.all_gather_object(everyone, (results, error))
-    for _, error in everyone:
-        if error:
-            raise error from cause
-    return [everyone[n % num_ranks][0][n // num_ranks] for n in range(len(parts))]
 
 
 # ---------------------------------------------------------------- B prompts x N responses
@@ -121,7 +110,6 @@ class Batch:
 
 def stacked(parts: list[Batch]) -> Batch:
     """The prompts of all parts, one after another, each with its N responses."""
-    ref_logps = [part.ref_logps for part in parts]
     return Batch(
         {name: sum((part.columns[name] for part in parts), []) for name in parts[0].columns},
         torch.cat([part.prompt_ids for part in parts]),
@@ -129,29 +117,19 @@ def stacked(parts: list[Batch]) -> Batch:
         sum((part.responses for part in parts), []),
         torch.cat([part.response_ids for part in parts]),
         torch.cat([part.response_mask for part in parts]),
-        None if ref_logps[0] is None else torch.cat(ref_logps),
+        torch.cat([part.ref_logps for part in parts]),
     )
 
 
 def beside(parts: list[Batch]) -> Batch:
     """The same prompts, with the responses of all parts side by side."""
-    return dataclasses.replace(
+    return replace(
         parts[0],
         responses=[sum(rows, []) for rows in zip(*(part.responses for part in parts))],
         response_ids=torch.cat([part.response_ids for part in parts], dim=1),
         response_mask=torch.cat([part.response_mask for part in parts], dim=1),
         ref_logps=None,
     )
-
-
-class Replay(list):
-    """Pairs kept for later steps, a `Batch` a round; a checkpoint holds them."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"parts": [vars(part) for part in self]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self[:] = [Batch(**part) for part in state["parts"]]
 
 
 def distinct(responses: list[list[str]]) -> Tensor:
@@ -176,9 +154,7 @@ def pack(values: Tensor, mask: Tensor) -> Tensor:
     """Push real values together, row by row, (B, ...) -> (B, L), then zeros. `mask`, of the
     same shape, is 1 on real values; L is the largest number of them in a row."""
     is_filled = packed_mask(mask)
-    packed = values.new_zeros(is_filled.shape)
-    packed[is_filled] = values[mask.bool()]
-    return packed
+    return values.new_zeros(is_filled.shape).masked_scatter(is_filled, values[mask.bool()])
 
 
 def unpack(packed: Tensor, mask: Tensor) -> Tensor:
@@ -195,9 +171,7 @@ def packed_mask(mask: Tensor) -> Tensor:
     return torch.arange(int(lengths.max()), device=mask.device) < lengths[:, None]
 
 
-# Whose a token of a packed row is: nobody's (0, padding), the prompt's, or response n's, which is
-# FIRST_RESPONSE + n.
-PROMPT, FIRST_RESPONSE = 1, 2
+PROMPT, FIRST_RESPONSE = 1, 2  # owners of a token: 0 padding, 1 the prompt, 2 + n response n
 
 
 def layout(prompt_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,18 +185,15 @@ def layout(prompt_mask: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     return owner, torch.cat([prompt_position, position], dim=1)
 
 
-def attention_mask(
-    owner: Tensor, position: Tensor, dtype: torch.dtype, num_queries: int | None = None
-) -> Tensor:
+def attention_mask(owner: Tensor, position: Tensor, num_queries: int, dtype: torch.dtype) -> Tensor:
     """Who sees whom in packed rows: (B, S), (B, S) -> (B, 1, Q, S), 0 or hugely negative.
 
     A token sees the prompt and its own response, in both up to its own position. Nobody sees
     padding but padding, which sees itself, so that no softmax is empty. Q is the last
-    `num_queries` tokens (all): while decoding, the others are in the cache already.
+    `num_queries` tokens: while decoding, the others are in the cache already.
     """
-    start = 0 if num_queries is None else owner.shape[1] - num_queries
     whose, where = owner[:, None, :], position[:, None, :]  # of the keys, (B, 1, S)
-    mine, here = owner[:, start:, None], position[:, start:, None]  # of the queries, (B, Q, 1)
+    mine, here = owner[:, -num_queries:, None], position[:, -num_queries:, None]  # (B, Q, 1)
     is_visible = ((whose == PROMPT) | (whose == mine)) & (where <= here)  # (B, Q, S)
     # -inf could make NaN of a sum, and float32's lowest number would be -inf in bfloat16.
     return torch.where(is_visible, 0.0, -1e30).to(dtype)[:, None]
@@ -238,7 +209,7 @@ def packed_row(
     owner, position = (tensor.to(model.device) for tensor in layout(prompt_mask, mask))
     return {
         "input_ids": torch.cat([prompt_ids, pack(ids, mask)], dim=1).to(model.device),
-        "attention_mask": attention_mask(owner, position, model.dtype),
+        "attention_mask": attention_mask(owner, position, owner.shape[1], model.dtype),
         "position_ids": position,
         "use_cache": False,
     }
@@ -301,29 +272,19 @@ class Cache(transformers.DynamicCache):
 
 
 class PackedDecoder:
-    """Next-token logits of N responses a prompt. The prompt fills a key/value cache once; each step
-    feeds the newest tokens of its open responses as one row of queries."""
+    """Next-token logits of N responses a prompt. Each step feeds the newest tokens of its open
+    responses as one row of queries, the first step before them the prompt, which a cache keeps."""
 
     def __init__(self, model: nn.Module, prompts: Batch) -> None:
         self.model, self.num_steps = model, 0
         takes = inspect.signature(model.forward).parameters  # transformers 5.24 renamed it
         name = "cache" if "cache" in takes else "past_key_values"
         self.options = {name: Cache(), "use_cache": True}
-        # The prompt's last token is not in the cache: it is the first that every response reads.
+        # Without the prompt's last token: it is the first that every response reads.
         ids, mask = prompts.prompt_ids[:, :-1], prompts.prompt_mask[:, :-1]
-        ids, mask = (tensor[:, mask.any(0)].to(model.device) for tensor in (ids, mask))
+        self.unread, mask = (tensor[:, mask.any(0)].to(model.device) for tensor in (ids, mask))
         self.prompt_length = mask.sum(1, keepdim=True)  # (B, 1)
-        self.owner, self.position = layout(mask, mask[:, None, :0])  # (B, S), of the cache
-        if ids.shape[1]:
-            self.read(ids)
-
-    def read(self, ids: Tensor) -> Tensor:
-        """Feed the row's newest tokens (B, n), whose owners are known -> logits (B, n, V)."""
-        num_new = ids.shape[1]
-        mask = attention_mask(self.owner, self.position, self.model.dtype, num_new)
-        options = self.options | {"position_ids": self.position[:, -num_new:]}
-        options["logits_to_keep"] = num_new if self.num_steps else 1  # of the prompt only one
-        return self.model(ids, attention_mask=mask, **options).logits.float()
+        self.owner, self.position = layout(mask, mask[:, None, :0])  # (B, S), of the row so far
 
     def __call__(self, tokens: Tensor, is_open: Tensor) -> Tensor:
         """The newest token of each response (B, N) and which responses go on (B, N) -> logits
@@ -333,8 +294,13 @@ class PackedDecoder:
         position = (self.prompt_length + self.num_steps).expand_as(owner)
         self.owner = torch.cat([self.owner, owner], dim=1)
         self.position = torch.cat([self.position, position], dim=1)
-        self.num_steps += 1
-        return unpack(self.read(pack(tokens, is_open)), is_open)
+        ids = torch.cat([self.unread, pack(tokens, is_open)], dim=1)  # (B, Q)
+        mask = attention_mask(self.owner, self.position, ids.shape[1], self.model.dtype)
+        options = self.options | {"position_ids": self.position[:, -ids.shape[1] :]}
+        options["logits_to_keep"] = owner.shape[1]  # none of the prompt
+        logits = self.model(ids, attention_mask=mask, **options).logits.float()  # (B, n, V)
+        self.unread, self.num_steps = ids[:, :0], self.num_steps + 1
+        return unpack(logits, is_open)
 
 
 def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: float) -> Tensor:
@@ -379,11 +345,10 @@ def generate(
 
 def with_responses(prompts: Batch, ids: Tensor, mask: Tensor, tokenizer: Any) -> Batch:
     """The prompts with these responses (B, N, R), and their texts."""
-    lengths, rows = mask.sum(-1).flatten().tolist(), ids.flatten(0, 1).tolist()
-    tokens = [row[:length] for row, length in zip(rows, lengths)]
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-    texts = [texts[n : n + ids.shape[1]] for n in range(0, len(texts), ids.shape[1])]
-    return dataclasses.replace(prompts, responses=texts, response_ids=ids, response_mask=mask)
+    rows = zip(ids.tolist(), mask.sum(-1).tolist())
+    tokens = [[y[:length] for y, length in zip(*row)] for row in rows]  # B lists of N
+    texts = [tokenizer.batch_decode(row, skip_special_tokens=True) for row in tokens]
+    return replace(prompts, responses=texts, response_ids=ids, response_mask=mask)
 
 
 def respond(
@@ -395,7 +360,6 @@ def respond(
     uniforms = torch.rand(len(prompts), num, config.max_new_tokens, generator=rng)
     eos = eos_ids(model, tokenizer)
 
-    @torch.no_grad()
     def sample(rows: Tensor) -> tuple[Tensor, Tensor]:
         part = prompts.select(rows)
         with autocast(model.device):  # one for all steps: each new one casts all weights again
@@ -425,14 +389,13 @@ def dpo(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 
 
 def ipo(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """IPO loss, Eq. 17 of arXiv:2310.12036v2: (margin - 1 / (2 beta))^2, (B, N) -> (B,). SEA feeds
-    it means over tokens, of both models, so that the margin is a gap a token."""
+    """IPO loss, Eq. 17 of arXiv:2310.12036v2: (margin - 1 / (2 beta))^2, (B, N) -> (B,)."""
     return (margin(logps, ref_logps) - 1 / (2 * beta)).square()  # Eq. 17
 
 
 def slic(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """SLiC as SEA has it: max(0, 1 - beta * margin), (B, N) -> (B,), `logps` sums over tokens; with
-    the reference, and without the cross-entropy term of the original (arXiv:2305.10425)."""
+    """SLiC as SEA has it: max(0, 1 - beta * margin), (B, N) -> (B,); with the reference,
+    and without the cross-entropy term of the original (arXiv:2305.10425)."""
     return F.relu(1 - beta * margin(logps, ref_logps))
 
 
@@ -440,18 +403,12 @@ def slic(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 
 
 def start_optimizer(policy: nn.Module, config: Any) -> torch.optim.AdamW:
-    """AdamW before its first step; `train_step` warms it up."""
+    """AdamW before its first step, which `train_step` warms up to `peak`. To start it again, with
+    a fresh state, load the state_dict that it has now."""
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": policy.device.type == "cuda"}
     optimizer = torch.optim.AdamW(policy.parameters(), **options)
-    restart_optimizer(optimizer, config)
+    optimizer.param_groups[0].update(peak=config.learning_rate, num_steps=0)
     return optimizer
-
-
-def restart_optimizer(optimizer: Any, config: Any, factor: float = 1.0) -> None:
-    """A fresh state and a new warm-up, up to `factor` times --learning_rate; the optimiser's own
-    state_dict keeps both."""
-    optimizer.state.clear()
-    optimizer.param_groups[0].update(peak=config.learning_rate * factor, num_steps=0)
 
 
 def train_step(

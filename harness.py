@@ -606,6 +606,7 @@ class Run:
         self.config, self.oracle, self.parts, self.counts = config, oracle, parts, counts
         self.folder = Path(config.output_dir).expanduser()
         self.round, self.seen = 0, {}  # what was recorded since the last row of metrics
+        self.replay: list[Batch] = []  # pairs of earlier rounds that a script still needs
         self.rows = {"metrics": [], "preferences": [], "samples": []}
         if config.overwrite and is_first() and holds_run(self.folder):
             shutil.rmtree(self.folder)
@@ -629,6 +630,7 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(state[name])
             vars(self).update(state["run"])
+            self.replay = [Batch(**part) for part in state["replay"]]
             vars(self.counts).update(state["counts"])
             labels = state["labels"]
         self.oracle.open(self.folder / "labels.jsonl", *labels)
@@ -641,6 +643,7 @@ class Run:
             state = {name: part.state_dict() for name, part in self.parts.items()}
             state["run"] = {name: vars(self)[name] for name in ("round", "seen", "rows")}
             state["counts"] = vars(self.counts)
+            state["replay"] = [vars(part) for part in self.replay]
             unused = sum(self.oracle.bought.values(), [])
             state["labels"] = (self.oracle.queries, self.oracle.num_lines, unused)
             torch.save(state, self.folder / "checkpoint.tmp")

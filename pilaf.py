@@ -41,7 +41,7 @@ Shapes: B prompts, N responses a prompt, R response tokens, V vocabulary.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import common
 import harness
@@ -78,16 +78,13 @@ class Config(harness.Config):
             self.sampler_beta = self.beta
         require(self.num_candidates >= 2, "--num_candidates must be 2 or more")
         require(self.num_candidates == 2 or is_best_of, "--num_candidates" + wrong)
-        if is_pilaf:
-            require(self.sampler_beta <= 1, "--sampler_beta, or --beta, is above 1")
-        else:
-            require(self.sampler_beta is None, "--sampler_beta" + wrong)
-            require(not self.importance_weights, "--importance_weights" + wrong)
+        require(is_pilaf or self.sampler_beta is None, "--sampler_beta" + wrong)
+        require(is_pilaf or not self.importance_weights, "--importance_weights" + wrong)
+        require(not is_pilaf or self.sampler_beta <= 1, "--sampler_beta, or --beta, is above 1")
         if self.importance_weights:
             is_exact = self.temperature == 1 and self.sampler_beta == self.beta
             require(is_exact, "--importance_weights needs --temperature 1, no --sampler_beta")
-        if self.num_epochs > 1:
-            require(self.num_iterations, "--num_epochs needs --num_iterations")
+        require(self.num_epochs == 1 or self.num_iterations, "--num_epochs needs --num_iterations")
 
 
 # ---------------------------------------------------------------- the interpolation
@@ -158,9 +155,8 @@ def sample(
         c = coefficients(len(prompts), config.sampler_beta, generator(config.seed, "coins", number))
         counts.decoder_streams += int((c != 0).sum())  # the reference's, beside the policy's
         batch = interpolated_pairs(config, task, prompts, c, rng)
-        weights = torch.tensor(batch.columns["weight"], dtype=torch.float64)
-        counts.weight_sum += weights.sum().item()
-        counts.weight_square_sum += weights.square().sum().item()
+        counts.weight_sum += sum(batch.columns["weight"])
+        counts.weight_squares += sum(weight**2 for weight in batch.columns["weight"])
         return batch
     if config.sampler == "hybrid":
         options = (task.tokenizer, prompts, 1, rng, config)
@@ -175,7 +171,6 @@ def interpolated_pairs(
     uniforms = torch.rand(len(prompts), 2, config.max_new_tokens, generator=rng)
     policy, eos = task.policy, common.eos_ids(task.policy, task.tokenizer)
 
-    @torch.no_grad()
     def draw(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         part = prompts.select(rows)
         with common.autocast(policy.device):
@@ -191,28 +186,22 @@ def interpolated_pairs(
     return batch
 
 
-def label(
-    config: Config, task: harness.Task, batch: Batch, counts: "Counts"
-) -> tuple[Batch, dict[str, float]]:
+def label(config: Config, task: harness.Task, batch: Batch) -> tuple[Batch, dict[str, float]]:
     """Step 4: the prompts with a pair, which is two different texts, with chosen and rejected of
     each (N = 2); and online metrics. Best-of-N takes the pair of widest rewards."""
     is_distinct = common.distinct(batch.responses)  # (B, N)
+    rows = (is_distinct.sum(1) >= 2).nonzero()[:, 0]  # (n,)
+    batch, is_distinct = batch.select(rows), is_distinct[rows]
     if config.sampler == "best_of_n_oracle":
-        asked = (is_distinct.sum(1) >= 2).nonzero()[:, 0]  # (n,)
-        batch, is_distinct = batch.select(asked), is_distinct[asked]
         costs, no_noise = is_distinct.sum(1).tolist(), torch.zeros(is_distinct.shape)
         rewards = task.oracle.rank(batch.columns["prompt"], batch.responses, no_noise, costs)
         order, online = torch.stack(common.widest_pair(rewards, is_distinct), dim=1), {}
-        counts.responses_read += sum(costs)
     else:
         if config.sampler == "best_of_n":
             logps = [frozen_logps(model, batch, config) for model in (task.policy, task.ref_model)]
             picks = common.widest_pair(config.beta * (logps[0] - logps[1]), is_distinct)
             batch = batch.select(torch.arange(len(batch)), torch.stack(picks, dim=1))
-        batch = batch.select(common.distinct(batch.responses)[:, 1].nonzero()[:, 0])
         order, online = harness.label(task.oracle, batch)  # (n, 2)
-        counts.responses_read += 2 * len(batch)
-    counts.labelled_pairs += len(batch)
     return batch.select(torch.arange(len(batch)), order), online
 
 
@@ -221,22 +210,18 @@ def label(
 
 @dataclass
 class Counts(harness.Counts):
-    labelled_pairs: int = 0
-    responses_read: int = 0  # by the oracle, for labels
     weight_sum: float = 0.0  # of the `pair_weights` of all pairs that were sampled
-    weight_square_sum: float = 0.0
+    weight_squares: float = 0.0  # the sum of their squares
 
     def metrics(self, config: Config) -> dict[str, float]:
-        """Costs of a pair so far: decoder streams, and responses that the oracle read; with weights
-        effective_sample_size: (sum w)^2 / (n sum w^2), 1 if all are equal."""
-        if not self.labelled_pairs:
+        """sampling_cost: decoder streams a pair, so far; with weights effective_sample_size:
+        (sum w)^2 / (n sum w^2) of n pairs, 1 if all are equal."""
+        if not self.candidates:
             return {}
-        streams = self.decoder_streams * config.num_candidates / self.candidates
-        annotation = self.responses_read / self.labelled_pairs
-        metrics = {"sampling_cost": streams, "annotation_cost": annotation}
+        num_pairs = self.candidates / config.num_candidates
+        metrics = {"sampling_cost": self.decoder_streams / num_pairs}
         if config.importance_weights:
-            num_equal = self.weight_sum**2 / self.weight_square_sum
-            metrics["effective_sample_size"] = num_equal / (self.candidates / 2)
+            metrics["effective_sample_size"] = self.weight_sum**2 / self.weight_squares / num_pairs
         return metrics
 
 
@@ -246,10 +231,10 @@ def pair_loss(
     """DPO's, (b, 2) -> (b,); with --importance_weights times the weight over its mean of all pairs
     so far. (Over a mean of the prompt's own it would be biased.)"""
     losses = common.dpo(logps, ref_logps, config.beta)
-    if not config.importance_weights:
-        return losses
-    weights = torch.tensor(part.columns["weight"], device=losses.device)
-    return losses * weights / (counts.weight_sum / (counts.candidates / 2))
+    if config.importance_weights:
+        weights = torch.tensor(part.columns["weight"], device=losses.device)
+        losses = losses * weights / (counts.weight_sum / (counts.candidates / 2))
+    return losses
 
 
 def plan(config: Config) -> tuple[int, int, int | None]:
@@ -265,57 +250,47 @@ def plan(config: Config) -> tuple[int, int, int | None]:
     return cost, num_prompts, harness.count_iterations(config, labels, num_steps)
 
 
-def train_iteration(
-    config: Config, run: harness.Run, policy: nn.Module, optimizer: Any, pairs: Batch, t: int
-) -> None:
-    """Step 5: --num_epochs passes over the pairs of iteration t; online, one step on a round's."""
-    if config.num_iterations:
-        common.restart_optimizer(optimizer, config)
-    loss = partial(pair_loss, config, run.counts)
-    for epoch in range(config.num_epochs):
-        order = torch.randperm(len(pairs), generator=generator(config.seed, "order", t, epoch))
-        for rows in order.split(config.batch_size):
-            run.record(train_step(policy, optimizer, pairs.select(rows), loss, config))
-            run.counts.gradient_steps += len(rows) > 0
-
-
 def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     """PILAF, round by round, into --output_dir; the oracle is --reward_model, unless given."""
     cost, prompts_per_iteration, num_iterations = plan(config)
     task = harness.load(config, oracle)
     policy, oracle, counts = task.policy, task.oracle, Counts()
     rounds_per_iteration = math.ceil(prompts_per_iteration / config.batch_size)
-    optimizer, replay = common.start_optimizer(policy, config), common.Replay()
-    parts = {"policy": policy, "optimizer": optimizer, "replay": replay}
+    optimizer, loss = common.start_optimizer(policy, config), partial(pair_loss, config, counts)
+    fresh, parts = optimizer.state_dict(), {"policy": policy, "optimizer": optimizer}
     run = harness.Run(config, oracle, parts, counts)
 
     while True:
         t, step = divmod(run.round, rounds_per_iteration)
         num_left = (config.num_queries - oracle.queries) // cost
         is_last = t == num_iterations or num_left == 0
-        is_milestone = is_last or config.num_iterations is not None
-        if step == 0 and run.evaluation_is_due(is_milestone):
+        if step == 0 and run.evaluation_is_due(is_last or num_iterations is not None):
             run.log(*evaluate(task, config), {"iteration": t} | counts.metrics(config))
         if is_last:
             break
         # 1. Receive prompts; the last round of an iteration may be smaller.
-        start = step * config.batch_size
+        first, start = t * prompts_per_iteration, step * config.batch_size
         num = min(config.batch_size, prompts_per_iteration - start, num_left)
-        start += t * prompts_per_iteration
-        prompts = next_prompts(task.prompts, start, num, config.seed)
+        prompts = next_prompts(task.prompts, first + start, num, config.seed)
         # 2. Toss the coins. 3. Draw the responses.
         batch = sample(config, task, prompts, counts, run.round)
         # 4. Ask the oracle about those that differ.
-        pairs, online = label(config, task, batch, counts)
+        pairs, online = label(config, task, batch)
         run.record(online)
         run.keep(pairs)
-        # 5. Train the policy, when the iteration is complete, on all of its pairs.
+        # 5. Train the policy; with iterations anew, when one is complete, on all of its pairs.
         pairs.ref_logps = frozen_logps(task.ref_model, pairs, config)  # (n, 2), once
-        replay.append(pairs)
+        run.replay.append(pairs)
         if step == rounds_per_iteration - 1:
-            pairs = common.stacked(replay)
-            train_iteration(config, run, policy, optimizer, pairs, t)
-            replay.clear()
+            if config.num_iterations:
+                optimizer.load_state_dict(fresh)
+            pairs = common.stacked(run.replay)
+            for epoch in range(config.num_epochs):
+                rng = generator(config.seed, "order", t, epoch)
+                for rows in torch.randperm(len(pairs), generator=rng).split(config.batch_size):
+                    run.record(train_step(policy, optimizer, pairs.select(rows), loss, config))
+                    counts.gradient_steps += len(rows) > 0
+            run.replay.clear()
         run.end_round()
     run.finish(policy, task.tokenizer)
     return run

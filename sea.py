@@ -88,13 +88,10 @@ class Config(harness.Config):
         require(self.gamma <= 1, "--gamma is a share, at most 1")
         require(self.num_candidates >= 2, "--num_candidates must be 2 or more")
         require(self.num_heads >= 2 or not has_heads, "--num_heads must be 2 or more")
-        if is_baseline:
-            require(self.gamma == 1, "--gamma" + wrong)
-            require(self.num_heads == 0 or has_heads, "--num_heads" + wrong + ": it has no use")
-        if self.explore == "passive":
-            require(self.num_candidates == 2, "--num_candidates" + wrong)
-        if self.explore == "apl":
-            require(self.loss == "dpo", "--loss" + wrong)
+        require(self.num_heads == 0 or has_heads, "--num_heads" + wrong + ": it has no use")
+        require(self.gamma == 1 or not is_baseline, "--gamma" + wrong)
+        require(self.num_candidates == 2 or self.explore != "passive", "--num_candidates" + wrong)
+        require(self.loss == "dpo" or self.explore != "apl", "--loss" + wrong)
 
 
 # ---------------------------------------------------------------- the epistemic reward model
@@ -216,41 +213,35 @@ def second_bai(rewards: Tensor, first: Tensor, is_distinct: Tensor, variance: st
     `variance` "logit" leaves the sigmoid out, as the released code does."""
     gaps = rewards.gather(2, first.expand(len(rewards), -1)[..., None]) - rewards  # (E, B, N)
     spread = (gaps.sigmoid() if variance == "sigmoid" else gaps).var(0)  # (E, B, N) -> (B, N)
-    spread = spread.scatter(1, first[:, None], -0.5)  # itself only if nothing else is distinct
-    return spread.masked_fill(~is_distinct, -1).argmax(-1)
+    others = is_distinct.scatter(1, first[:, None], False)
+    return spread.masked_fill(~others, -1).argmax(-1)
 
 
 def second_ee(
     rewards: Tensor, first: Tensor, heads: Tensor, redraws: Tensor, is_distinct: Tensor
 ) -> Tensor:
     """Step 4, explore and exploit: the best candidate of the first redrawn head (tries, B) that
-    disagrees with `first`; after the last try the second best of the head that chose `first`, (B,).
-    """
+    disagrees with `first`; after the last try the second best of the head that chose it, (B,)."""
     best = rewards.masked_fill(~is_distinct, -math.inf).argmax(-1)  # (E, B)
-    tries = best.gather(0, redraws)  # (tries, B)
-    differs = tries != first
-    second = tries.gather(0, differs.int().argmax(0, keepdim=True))[0]  # (B,)
     others = is_distinct.scatter(1, first[:, None], False)
-    return torch.where(differs.any(0), second, thompson_first(rewards, heads, others))
+    last = thompson_first(rewards, heads, others)  # (B,)
+    tries = torch.cat([best.gather(0, redraws), last[None]])  # (tries + 1, B)
+    return tries.gather(0, (tries != first).int().argmax(0, keepdim=True))[0]
 
 
 def most_uncertain_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
     """The pair with the largest variance over heads of its reward gap, (E, B, N) -> (B,), (B,)."""
-    num = rewards.shape[-1]
     spread = (rewards[..., :, None] - rewards[..., None, :]).var(0)  # (E, B, N, N) -> (B, N, N)
     is_allowed = is_distinct[:, :, None] & is_distinct[:, None, :]
     flat = spread.masked_fill(~is_allowed, -1).flatten(1).argmax(1)  # (B,)
-    return flat // num, flat % num
+    return torch.unravel_index(flat, spread.shape[1:])
 
 
 def choose_duels(
     config: Config, batch: Batch, rewards: Tensor | None, is_synthetic: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Steps 3 to 5: two candidate numbers a prompt, each (B,).
-
-    `rewards` (E, B, N) are the ensemble's, or APL's implicit ones with E = 1; passive exploration
-    takes the first two candidates. A synthetic pair is a random head's best and worst.
-    """
+    """Steps 3 to 5: two candidate numbers a prompt, (B,) each, by the heads' rewards (E, B, N) or,
+    with E = 1, APL's implicit ones."""
     rows = torch.arange(len(batch))
     if config.explore == "passive":
         return torch.zeros_like(rows), torch.ones_like(rows)
@@ -288,20 +279,13 @@ def keep_uncertain(
     return batch, config.beta * (logps[kept] - ref_logps)[None]
 
 
-def head_metrics(rewards: Tensor, asked: Tensor, winners: Tensor) -> dict[str, float]:
+def head_metrics(rewards: Tensor) -> dict[str, float]:
     """ensemble_disagreement: mean over prompts of the standard deviation over heads of
-    sigmoid(r(first sample) - r(second sample)), two arbitrary samples of the policy;
-    ensemble_accuracy: the mean head's on the new labels, before it learns them. Rewards (E, B, N),
-    labelled rows (n,), their chosen and rejected candidates (n, 2)."""
+    sigmoid(r(first sample) - r(second sample)), two arbitrary samples of the policy, (E, B, N)."""
     spread = (rewards[..., 0] - rewards[..., 1]).sigmoid().std(0)  # (E, B, N) -> (B,)
-    metrics = {"ensemble_disagreement": spread.mean().item()}
-    if len(asked):
-        chosen, rejected = rewards.mean(0)[asked].gather(1, winners).T  # (n,), (n,)
-        metrics["ensemble_accuracy"] = (chosen > rejected).double().mean().item()
-    return metrics
+    return {"ensemble_disagreement": spread.mean().item()}
 
 
-@torch.no_grad()
 def best_of_n_metrics(
     task: harness.Task, config: Config, backbone: nn.Module, ensemble: EpistemicRewardModel
 ) -> dict[str, float]:
@@ -324,13 +308,12 @@ def load_ensemble(
     config: Config, ref_model: nn.Module, tokenizer: Any
 ) -> tuple[nn.Module, EpistemicRewardModel]:
     """The frozen encoder of --erm_backbone, which reads the policy's tokens, and the heads."""
-    backbone, name = ref_model.base_model, config.erm_backbone
-    if name != "reference":
-        auto_class = transformers.AutoModel
-        backbone, own = harness.load_pretrained(auto_class, "erm_backbone", config)
-        harness.check_model(backbone, own, tokenizer, "erm_backbone", config)
+    backbone, name = ref_model.base_model, "erm_backbone"
+    if config.erm_backbone != "reference":
+        backbone, own = harness.load_pretrained(transformers.AutoModel, name, config)
+        harness.check_model(backbone, own, tokenizer, name, config)
         backbone.to(torch.bfloat16 if config.device.startswith("cuda") else torch.float32)
-    print(f"backbone   {name}, {config.num_heads} heads")
+    print(f"backbone   {config.erm_backbone}, {config.num_heads} heads")
     return backbone, EpistemicRewardModel(backbone.config.hidden_size, config)
 
 
@@ -375,8 +358,8 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
             ensemble.calibrate(features, common.distinct(batch.responses))
             head_rewards = ensemble(features).detach()  # (E, B, N)
             rewards = rewards if config.explore == "apl" else head_rewards
-        is_open = torch.tensor(oracle.queries >= config.burn_in)
-        is_synthetic = is_open & (torch.rand(len(batch), generator=rng) >= config.gamma)
+        gamma = config.gamma if oracle.queries >= config.burn_in else 1.0
+        is_synthetic = torch.rand(len(batch), generator=rng) >= gamma  # (B,)
         first, second = choose_duels(config, batch, rewards, is_synthetic, rng)
         # 5. Ask the oracle, where the texts differ and the budget allows.
         picks = torch.stack([first, second], dim=1)  # (B, 2)
@@ -388,11 +371,11 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         run.record(online)
         # 6. Train the heads on D, to which the labelled duels are added, and no others.
         if ensemble:
-            run.record(head_metrics(head_rewards, asked, winners))
+            run.record(head_metrics(head_rewards))
             ensemble.fit(features[asked[:, None], winners], rng)
         # 7. Train the policy on all pairs of the round.
         synthetic = (is_pair & is_synthetic).nonzero()[:, 0]
-        pairs = common.stacked([batch.select(asked, winners), duels.select(synthetic)])
+        pairs = batch.select(torch.cat([asked, synthetic]), torch.cat([winners, picks[synthetic]]))
         run.keep(pairs, len(synthetic))
         pairs.ref_logps = frozen_logps(ref_model, pairs, config)  # (n, 2)
         run.record(train_step(policy, optimizer, pairs, loss, config))

@@ -245,10 +245,11 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
     policy, oracle, is_xpo = task.policy, task.oracle, config.bonus == "xpo"
     num_iterations, num_prompts = plan(config, task.prompts)
     rounds_per_iteration = math.ceil(num_prompts / config.batch_size)
-    snapshot, replay = copy.deepcopy(policy), common.Replay()  # XPO keeps the pairs of all rounds
+    snapshot = copy.deepcopy(policy)
     reference = task.ref_model if is_xpo else snapshot
     optimizer, loss = common.start_optimizer(policy, config), partial(pair_loss, config)
-    parts = {"policy": policy, "optimizer": optimizer, "snapshot": snapshot, "replay": replay}
+    fresh = optimizer.state_dict()
+    parts = {"policy": policy, "optimizer": optimizer, "snapshot": snapshot}
     run = harness.Run(config, oracle, parts, harness.Counts())
 
     while True:
@@ -261,7 +262,8 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         if step == 0:
             snapshot.load_state_dict(policy.state_dict())
             factor = config.learning_rate_factors[min(t, config.num_iterations - 1)]
-            common.restart_optimizer(optimizer, config, factor)
+            optimizer.load_state_dict(fresh)
+            optimizer.param_groups[0]["peak"] *= factor
         start = step * config.batch_size
         num = min(config.batch_size, num_prompts - start)  # the last round may be smaller
         prompts = next_prompts(slice_of(task.prompts, t, config), start, num, config.seed)
@@ -279,8 +281,8 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         pairs.ref_logps = frozen_logps(reference, pairs, config)  # (n, N), once
         # 4. One step on DPO and the bonus.
         if is_xpo:
-            replay.append(pairs)
-            old = [replay[i * rounds_per_iteration + step] for i in range(t)]
+            run.replay.append(pairs)  # the pairs of all rounds
+            old = [run.replay[i * rounds_per_iteration + step] for i in range(t)]
             pairs = common.stacked([pairs, *old])
         run.record(train_step(policy, optimizer, pairs, loss, config))
         run.counts.gradient_steps += len(pairs) > 0

@@ -25,7 +25,7 @@ TESTS = {  # the files that matter, those first that kill most
     **{f"{name}.py": f"{name} run bad_input" for name in ("sea", "selm", "pilaf")},
 }
 # The formula functions: all but these, and of harness.py these alone.
-PLUMBING = {"Cache", "Config", "Replay", "autocast", "load_ensemble", "plan", "train"}
+PLUMBING = {"Cache", "Config", "autocast", "load_ensemble", "plan", "train"}
 HARNESS = {"Oracle", "evaluate", "gold_score", "label", "next_prompts", "win_metrics"}
 PAIRS = [
     (ast.Add, ast.Sub), (ast.Mult, ast.Div), (ast.BitAnd, ast.BitOr), (ast.And, ast.Or),

@@ -69,4 +69,5 @@ def test_an_error_of_one_process_ends_all_with_exit_code_2(flags, tmp_path, monk
     done = launch(str(tmp_path / "failing.py"), words(flags) + BACKBONE, 2)
     assert done.returncode != 0
     assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
-    assert "error: process 1: this process alone is out of order" in done.stderr
+    assert "error: this process alone is out of order (RuntimeError" in done.stderr
+    assert "error: another process failed" in done.stderr

@@ -337,7 +337,7 @@ def test_xpo_duels_snapshot_and_frozen_reference_and_replays(flags, tmp_path, to
     reference = make_model(AutoModelForCausalLM, "gpt_neox", 9)
     more = dict(ref_model=save(reference, tmp_path / "ref"), labels="argmax", alpha=0.01)
     run, is_stale = run_of(flags, bonus="xpo", num_queries=11, temperature=1e-4, **more), set()
-    pairs, asked = [Batch(**part) for part in run.states[6]["replay"]["parts"]], iter(run.labels)
+    pairs, asked = [Batch(**part) for part in run.states[6]["replay"]], iter(run.labels)
     assert [len(part) for part in pairs] == [2, 1] * 3 and run.metrics[-1]["candidates"] == 18
     for number, metrics in enumerate(run.metrics[1:]):
         policy, snapshot = models_of(run, number)
