@@ -138,7 +138,8 @@ def path_of(flag_name: str, config: Config) -> str:
 def load_pretrained(
     auto_class: Any, flag_name: str, config: Config, dtype: torch.dtype = torch.float32
 ) -> tuple[Any, Any]:
-    """The model that a flag names, with every dropout at 0, and its tokenizer."""
+    """The model that a flag names, with every dropout at 0, and its tokenizer. UserError if it
+    lacks weights or has too short a context."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path, options = path_of(flag_name, config), {"trust_remote_code": False}
@@ -151,27 +152,22 @@ def load_pretrained(
     # A causal model loaded as a reward model would get a random head, and only a warning.
     missing = ", ".join(sorted(info["missing_keys"])[:3])
     require(not missing, f"--{flag_name} {path} lacks weights that its use here needs: {missing}")
+    length = config.max_prompt_length + config.max_new_tokens
+    context = getattr(settings, "max_position_embeddings", math.inf)
+    wrong = f"--{flag_name} {path} reads {context} tokens, prompt and response have {length}"
+    require(context >= length, wrong)
     return model.to(config.device), tokenizer
 
 
 def check_model(
     model: nn.Module, tokenizer: Any, policy_tokenizer: Any, flag_name: str, config: Config
 ) -> None:
-    """UserError for another vocabulary than the policy's, too short a context, or packed rows that
-    are misread."""
+    """UserError for another vocabulary than the policy's, or packed rows that are misread."""
     where = f"--{flag_name} {getattr(config, flag_name)}"
     is_same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
     require(is_same, f"{where} has another vocabulary than --model")
-    check_context(model, flag_name, config)
     problem = packing_problem(model, config)
     require(not problem, f"{where} {problem}")
-
-
-def check_context(model: nn.Module, flag_name: str, config: Config) -> None:
-    length = config.max_prompt_length + config.max_new_tokens
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    where = f"--{flag_name} {getattr(config, flag_name)} reads {context} tokens"
-    require(context >= length, f"{where}, prompt and response have {length}")
 
 
 def packing_problem(model: nn.Module, config: Config) -> str:
@@ -384,13 +380,18 @@ class Oracle:
         self.queries = start + sum(costs)
         return rows
 
-    def label(self, prompts: list[str], duels: list[list[str]]) -> tuple[Tensor, Tensor | None]:
-        """Which duels the first of the two texts wins, (B,), at a label each; and their rewards
-        (B, 2), for metrics, if the oracle scores at all."""
-        rows = self.ask(prompts, duels, [1] * len(duels), None)
-        rewards = [row["rewards"] for row in rows if row["rewards"]]
-        is_first = torch.tensor([row["answer"] for row in rows], dtype=torch.bool)
-        return is_first, torch.tensor(rewards) if rewards else None
+    def label(self, duels: Batch) -> tuple[Tensor, dict[str, float]]:
+        """Chosen and rejected response (B, 2) to each prompt, of two, at a label each; and
+        online_win_rate, of both against the data set's reference, if there is one."""
+        prompts, metrics = duels.columns["prompt"], {}
+        rows = self.ask(prompts, duels.responses, [1] * len(duels), None)
+        rewards = torch.tensor([row["rewards"] for row in rows if row["rewards"]]).flatten()
+        if len(rewards) and "reference" in duels.columns:
+            references = [[text] for text in duels.columns["reference"]]
+            baseline = self.score(prompts, references).expand(-1, 2).flatten()
+            metrics["online_win_rate"] = win_metrics(rewards, baseline)["win_rate"]
+        is_first = torch.tensor([row["answer"] for row in rows], dtype=torch.bool)  # (B,)
+        return torch.stack([~is_first, is_first], dim=1).long(), metrics
 
     def rank(self, prompts: list, texts: list, noise: Tensor, costs: list[int]) -> Tensor:
         """Scores (B, N) plus `noise` (B, N), by which texts are ranked, at `costs` labels each."""
@@ -409,7 +410,6 @@ class RewardModelOracle(Oracle):
         dtype = torch.bfloat16 if config.device.startswith("cuda") else torch.float32
         self.model, self.tokenizer = load_pretrained(auto_class, "reward_model", config, dtype)
         require(self.model.config.num_labels == 1, "--reward_model has several labels, not one")
-        check_context(self.model, "reward_model", config)
         has_head, encoder = hasattr(self.model, "score"), self.model.base_model
         self.is_packed = has_head and not packing_problem(encoder, config)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -424,10 +424,9 @@ class RewardModelOracle(Oracle):
                      for x, y in pairs]  # fmt: skip
             texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
         ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
-        pad = self.tokenizer.pad_token_id  # rewards are read off at the last token that is not it
-        ids = [
-            text[: max((n for n, i in enumerate(text, 1) if i != pad), default=1)] for text in ids
-        ]
+        for text in ids:  # rewards are read off at the last token that is not padding
+            while len(text) > 1 and text[-1] == self.tokenizer.pad_token_id:
+                text.pop()
         context = getattr(self.model.config, "max_position_embeddings", math.inf)
         require(max(map(len, ids)) <= context, f"--reward_model reads {context} tokens at most")
         num, size = len(responses[0]), self.config.micro_batch_size
@@ -498,19 +497,6 @@ def win_metrics(rewards: Tensor, baseline: Tensor) -> dict[str, float]:
         "win_rate_stderr": wins.std(correction=0).item() / math.sqrt(len(wins)),
         "win_probability": (rewards - baseline).double().sigmoid().mean().item(),
     }
-
-
-def label(oracle: Oracle, duels: Batch) -> tuple[Tensor, dict[str, float]]:
-    """Chosen and rejected response (B, 2) to each prompt, of two, at a label each; online_win_rate
-    and online_win_probability: of both against the data set's reference, if there is one."""
-    prompts, metrics = duels.columns["prompt"], {}
-    is_first, rewards = oracle.label(prompts, duels.responses)  # (B,), (B, 2)
-    if rewards is not None and "reference" in duels.columns:
-        references = [[text] for text in duels.columns["reference"]]
-        baseline = oracle.score(prompts, references).expand(-1, 2)  # (B, 2)
-        online = win_metrics(rewards.flatten(), baseline.flatten())
-        metrics = {f"online_{name}": online[name] for name in ("win_rate", "win_probability")}
-    return torch.stack([~is_first, is_first], dim=1).long(), metrics
 
 
 def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -201,7 +201,7 @@ def label(config: Config, task: harness.Task, batch: Batch) -> tuple[Batch, dict
             logps = [frozen_logps(model, batch, config) for model in (task.policy, task.ref_model)]
             picks = common.widest_pair(config.beta * (logps[0] - logps[1]), is_distinct)
             batch = batch.select(torch.arange(len(batch)), torch.stack(picks, dim=1))
-        order, online = harness.label(task.oracle, batch)  # (n, 2)
+        order, online = task.oracle.label(batch)  # (n, 2)
     return batch.select(torch.arange(len(batch)), order), online
 
 

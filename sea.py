@@ -366,7 +366,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         duels = batch.select(torch.arange(len(batch)), picks)
         is_pair = common.distinct(duels.responses)[:, 1]
         asked = (is_pair & ~is_synthetic).nonzero()[: config.num_queries - oracle.queries, 0]
-        order, online = harness.label(oracle, duels.select(asked))
+        order, online = oracle.label(duels.select(asked))
         winners = picks[asked].gather(1, order)  # (n, 2): chosen and rejected candidates
         run.record(online)
         # 6. Train the heads on D, to which the labelled duels are added, and no others.

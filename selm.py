@@ -201,7 +201,7 @@ def xpo_pairs(
     models, options = (snapshot, task.ref_model), (task.tokenizer, prompts, 1, rng, config)
     batch = common.beside([respond(model, *options) for model in models])
     rows = common.distinct(batch.responses)[:, 1].nonzero()[:, 0]
-    order, _ = harness.label(task.oracle, batch.select(rows))  # (n, 2)
+    order, _ = task.oracle.label(batch.select(rows))  # (n, 2)
     return batch, rows, torch.cat([order, torch.ones(len(rows), 1).long()], dim=1)
 
 

@@ -28,9 +28,9 @@ def labels_of(config: harness.Config, gap: float, *nums: int) -> torch.Tensor:
     """Which duels the first text won, in rounds of so many, where it is scored `gap` higher."""
     scores = {"score": lambda self, x, y: torch.tensor([[gap, 0.0]]).repeat(len(x), 1)}
     oracle = type("Constant", (harness.Oracle,), scores)(config)
-    labels = [oracle.label(["x"] * num, [["a", "b"]] * num)[0] for num in nums]
+    answers = [oracle.ask(["x"] * num, [["a", "b"]] * num, [1] * num, None) for num in nums]
     assert oracle.queries == sum(nums)
-    return torch.cat(labels)
+    return torch.tensor([row["answer"] for row in sum(answers, [])])
 
 
 @pytest.mark.parametrize("gap", [-1.0, 0.0, 2.0])
@@ -126,7 +126,7 @@ def test_a_resumed_run_that_asks_in_another_order_keeps_all_that_it_bought(flags
     for questions in ("ABC", "AX", "XCB"):  # the crash comes after the first, before a checkpoint
         oracle = Rule(config_of("pilaf", flags))
         oracle.open(tmp_path / "labels.jsonl", *(states[-1] if len(states) == 2 else start))
-        oracle.label(list(questions), [[question, "no"] for question in questions])
+        oracle.ask(list(questions), [[x, "no"] for x in questions], [1] * len(questions), None)
         states.append((oracle.queries, oracle.num_lines, sum(oracle.bought.values(), [])))
         asked.append("".join(prompt for prompt, _ in oracle.asked))
     assert asked == ["ABC", "X", "X"] and states[-1] == (5, 5, [])
@@ -149,7 +149,7 @@ def test_a_block_that_was_bought_in_part_is_scored_whole_again(flags, tmp_path):
         oracle = Counted(config_of("pilaf", flags))  # --batch_size 4
         oracle.open(path, 0, 0, [])
         duels = [["cats " * (n + 1), "a mat"] for n in range(8)]
-        oracle.label([f"The cat {n}" for n in range(8)], duels)
+        oracle.ask([f"The cat {n}" for n in range(8)], duels, [1] * 8, None)
         whole = whole or path.read_text()
         assert path.read_text() == whole
     assert sizes == [4, 4, 4]

@@ -350,7 +350,6 @@ def test_each_epoch_has_every_pair_once_in_an_order_of_seed_iteration_and_epoch(
         ]
         texts = [[i for i in row if i != EOS] for row in sum(steps, [])]
         order = [next(n for n, x in enumerate(prompts) if y[: len(x)] == x) for y in texts]
-        assert len(set(map(str, prompts))) == 12
         for n in range(0, 36, 6):
             assert sorted(order[n : n + 6]) == list(range(n // 18 * 6, n // 18 * 6 + 6))
             orders.append(tuple(i % 6 for i in order[n : n + 6]))
