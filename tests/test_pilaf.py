@@ -345,9 +345,7 @@ def test_each_epoch_has_every_pair_once_in_an_order_of_seed_iteration_and_epoch(
         run = pilaf.train(pilaf.Config(**flags | dict(seed=seed)))
         assert run.parts["optimizer"].param_groups[0]["num_steps"] == 6, "a warm-up an iteration"
         assert list(map(len, steps)) == [4, 2] * 6 and run.counts.gradient_steps == 12
-        prompts = [
-            tokenizer(row["prompt"])["input_ids"] for row in rows(run.folder / "preferences.jsonl")
-        ]
+        prompts = [tokenizer(pair["prompt"])["input_ids"] for pair in run.rows["preferences"]]
         texts = [[i for i in row if i != EOS] for row in sum(steps, [])]
         order = [next(n for n, x in enumerate(prompts) if y[: len(x)] == x) for y in texts]
         for n in range(0, 36, 6):
