@@ -193,6 +193,7 @@ def test_each_rule_for_a_duel_equals_brute_force(seed):
     heads, *redraws = torch.randint(NUM_HEADS, (1 + NUM_HEADS, NUM_PROMPTS), generator=stream(seed))
     first = sea.thompson_first(rewards, heads, is_distinct)
     bai = [sea.second_bai(rewards, first, is_distinct, name) for name in ("logit", "sigmoid")]
+    agreed = sea.second_bai(rewards[:1].expand(2, -1, -1), first, is_distinct, "sigmoid")
     by_ee = sea.second_ee(rewards, first, heads, torch.stack(redraws), is_distinct)
     uncertain = torch.stack(sea.most_uncertain_pair(rewards, is_distinct), dim=1)
     num_clashes = 0  # prompts where all redrawn heads agree
@@ -202,6 +203,7 @@ def test_each_rule_for_a_duel_equals_brute_force(seed):
         own = ranks[heads[b]]
         assert first[b] == own[0]
         duels = [(own[0], n) for n in own[1:]] or [(own[0], own[0])]
+        assert (own[0], agreed[b]) in duels  # heads that agree learn from no duel; it is one
         for is_sigmoid, second in enumerate(bai):
             assert second[b] == most_varied(rewards[:, b], duels, is_sigmoid)[1]
         others = [ranks[head[b]][0] for head in redraws if ranks[head[b]][0] != own[0]]
