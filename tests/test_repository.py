@@ -33,11 +33,10 @@ def nodes(kind: type, *names: str) -> list:
 # ---------------------------------------------------------------- sizes
 
 
-@pytest.mark.parametrize(
-    "name, most", {"common": 450, "harness": 754, "sea": 390, "selm": 310, "pilaf": 300}.items()
-)
-def test_a_file_does_not_grow(name, most):
-    """Wanted are 450, 520, 390, 310 and 300 lines, of which only selm.py's are reached."""
+@pytest.mark.parametrize("name", MODULES)
+def test_a_file_does_not_grow(name):
+    """Of harness.py 520 lines are wanted, which it does not reach."""
+    most = dict(common=450, harness=754, sea=390, selm=310, pilaf=300)[name]
     assert len((ROOT / f"{name}.py").read_text(encoding="utf-8").splitlines()) <= most
 
 

@@ -214,10 +214,7 @@ def test_each_rule_for_a_duel_equals_brute_force(seed):
     assert 0 < num_clashes < NUM_PROMPTS
 
 
-ARMS = ("bai", "ee", "uncertainty", "best_two", "random", "passive", "apl")
-
-
-@pytest.mark.parametrize("explore", ARMS)
+@pytest.mark.parametrize("explore", Config.__annotations__["explore"].__args__)
 @pytest.mark.parametrize("variance", ["sigmoid", "logit"])
 def test_each_arm_has_its_rule_and_a_synthetic_pair_is_a_heads_best_and_worst(explore, variance):
     (rewards, batch, is_distinct), rng = random_choice(4), stream()
@@ -230,14 +227,13 @@ def test_each_arm_has_its_rule_and_a_synthetic_pair_is_a_heads_best_and_worst(ex
     is_widest = torch.stack([(best == first) & (worst == second) for best, worst in widest]).any(0)
     others = is_distinct.scatter(1, first[:, None], False)
     best_of_others = own.masked_fill(~others, -99).argmax(-1)  # (E, B)
-    is_best_of_others = (best_of_others == second).any(0)
     uncertain = sea.most_uncertain_pair(rewards, is_distinct)
     sums = rewards.sum(0).masked_fill(~is_distinct, -99)  # (B, N)
     next_distinct = [([n for n, is_new in enumerate(row) if is_new and n] or [1])[0]
                      for row in is_distinct.tolist()]  # fmt: skip
     is_right = {
         "bai": is_best[0] & (second == sea.second_bai(rewards, first, is_distinct, variance)),
-        "ee": is_best[0] & is_best_of_others,
+        "ee": is_best[0] & (best_of_others == second).any(0),
         "uncertainty": (first == uncertain[0]) & (second == uncertain[1]),
         "best_two": (sums.gather(1, torch.stack([first, second], 1)) == sums.topk(2)[0]).all(1),
         "random": (first == 0) & (second == torch.tensor(next_distinct)),
@@ -329,8 +325,8 @@ def test_ipo_is_on_means_over_tokens_and_the_other_losses_on_sums():
 def test_head_metrics_equal_a_loop():
     rewards = torch.randn(4, 9, 5, generator=stream()) * 2
     chances = [[(head[b, 0] - head[b, 1]).sigmoid().item() for head in rewards] for b in range(9)]
-    expected = {"ensemble_disagreement": mean(map(stdev, chances))}
-    assert sea.head_metrics(rewards) == pytest.approx(expected)
+    found = {"ensemble_disagreement": pytest.approx(mean(map(stdev, chances)))}
+    assert sea.head_metrics(rewards) == found
 
 
 # ---------------------------------------------------------------- the loop and the flags
@@ -355,22 +351,27 @@ def from_disk(run: harness.Run) -> tuple[bool, list[Batch]]:
     return all(torch.equal(*pair) for pair in pairs), batches
 
 
-def test_synthetic_pairs_reach_neither_oracle_nor_heads_and_learning_rate_0_keeps_the_policy(flags):
+def test_synthetic_pairs_are_a_heads_own_and_reach_neither_oracle_nor_heads(flags, monkeypatch):
+    monkeypatch.setattr(sea.EpistemicRewardModel, "num_steps", 0)  # a round: the heads stay
     name = f"{flags['dataset']}/erm_backbone"
     run = train(flags, learning_rate=0.0, gamma=0.4, temperature=0.1, erm_backbone=name)
-    backbone = AutoModel.from_pretrained(name)
+    backbone, ensemble = AutoModel.from_pretrained(name), run.parts["ensemble"]
     pairs, data, duels, (is_same, batches) = run.rows["preferences"], [], [], from_disk(run)
     for number, batch in enumerate(batches):
-        features = plain_features(backbone, batch)
-        for pair in [row for row in pairs if (row["round"], row["source"]) == (number, "oracle")]:
+        features, is_distinct = plain_features(backbone, batch), common.distinct(batch.responses)
+        for pair in [row for row in pairs if row["round"] == number]:
             b = batch.columns["prompt"].index(pair["prompt"])
             duel = [batch.responses[b].index(pair[name]) for name in ("chosen", "rejected")]
-            data.append(features[b, duel])
-            duels.append((pair["prompt"], {batch.responses[b][n].strip() for n in duel}))
+            if pair["source"] == "oracle":
+                data.append(features[b, duel])
+                duels.append((pair["prompt"], {batch.responses[b][n].strip() for n in duel}))
+            else:
+                rewards = ensemble(features[[b]])  # (E, 1, N)
+                assert tuple(duel) in [common.widest_pair(r, is_distinct[[b]]) for r in rewards]
     assert len(pairs) - len(data) == run.counts.synthetic_pairs >= 4 and len(data) == 12 and is_same
     first = plain_features(backbone, batches[0])[common.distinct(batches[0].responses)]
-    torch.testing.assert_close(run.parts["ensemble"].mean, first.mean(0), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(run.parts["ensemble"].pairs, torch.stack(data), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ensemble.mean, first.mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ensemble.pairs, torch.stack(data), rtol=1e-4, atol=1e-4)
     assert [(x, {*y}) for x, y in run.oracle.asked] == duels and len(first) < 16
 
 
