@@ -54,18 +54,19 @@ def ranks() -> tuple[int, int]:
 
 def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
     """Concatenate `function(rows)`, a tensor or a tuple of tensors with an entry a row, on the CPU,
-    over micro-batches of at most `size` of `count` rows; this bounds the memory of all that is
-    heavy. Of several processes each does every n-th micro-batch and gets the others' results.
-    """
+    over micro-batches of at most `size` of `count` rows, which bounds the memory of all that is
+    heavy. Of n processes each computes every n-th micro-batch and receives the others' results."""
     rank, num_ranks = ranks()
     parts = torch.arange(count).split(min(size, max(1, -(-count // num_ranks))))
-    results, everyone = None, [None] * num_ranks
+    everyone = [None] * num_ranks
     try:
         results = [function(rows) for rows in parts[rank::num_ranks]]
-    finally:  # the others wait, also for a process that fails
-        if num_ranks > 1:
-            distributed.all_gather_object(everyone, results)
+    except Exception:
+        if num_ranks > 1:  # the others wait for a process that fails
+            distributed.all_gather_object(everyone, None)
+        raise
     if num_ranks > 1:
+        distributed.all_gather_object(everyone, results)
         require(None not in everyone, "another process failed")
         results = [everyone[n % num_ranks][n // num_ranks] for n in range(len(parts))]
     if isinstance(results[0], tuple):
@@ -109,7 +110,7 @@ class Batch:
 
 
 def stacked(parts: list[Batch]) -> Batch:
-    """The prompts of all parts, one after another, each with its N responses."""
+    """The prompts of all parts, one after another, each with N responses of known `ref_logps`."""
     return Batch(
         {name: sum((part.columns[name] for part in parts), []) for name in parts[0].columns},
         torch.cat([part.prompt_ids for part in parts]),
@@ -273,14 +274,14 @@ class Cache(transformers.DynamicCache):
 
 class PackedDecoder:
     """Next-token logits of N responses a prompt. Each step feeds the newest tokens of its open
-    responses as one row of queries, the first step before them the prompt, which a cache keeps."""
+    responses as one row of queries; the first puts the prompt before them, and a cache keeps it."""
 
     def __init__(self, model: nn.Module, prompts: Batch) -> None:
         self.model, self.num_steps = model, 0
         takes = inspect.signature(model.forward).parameters  # transformers 5.24 renamed it
         name = "cache" if "cache" in takes else "past_key_values"
         self.options = {name: Cache(), "use_cache": True}
-        # Without the prompt's last token: it is the first that every response reads.
+        # The prompt's last token is left out: it is the first that every response reads.
         ids, mask = prompts.prompt_ids[:, :-1], prompts.prompt_mask[:, :-1]
         self.unread, mask = (tensor[:, mask.any(0)].to(model.device) for tensor in (ids, mask))
         self.prompt_length = mask.sum(1, keepdim=True)  # (B, 1)
@@ -389,13 +390,13 @@ def dpo(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 
 
 def ipo(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """IPO loss, Eq. 17 of arXiv:2310.12036v2: (margin - 1 / (2 beta))^2, (B, N) -> (B,)."""
+    """IPO loss, Eq. 17 of arXiv:2310.12036v2, (B, N) -> (B,); SEA feeds it means over tokens."""
     return (margin(logps, ref_logps) - 1 / (2 * beta)).square()  # Eq. 17
 
 
 def slic(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
-    """SLiC as SEA has it: max(0, 1 - beta * margin), (B, N) -> (B,); with the reference,
-    and without the cross-entropy term of the original (arXiv:2305.10425)."""
+    """SLiC as SEA has it: max(0, 1 - beta * margin), (B, N) -> (B,), `logps` sums over tokens; with
+    the reference, and without the cross-entropy term of the original (arXiv:2305.10425)."""
     return F.relu(1 - beta * margin(logps, ref_logps))
 
 
@@ -403,8 +404,8 @@ def slic(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
 
 
 def start_optimizer(policy: nn.Module, config: Any) -> torch.optim.AdamW:
-    """AdamW before its first step, which `train_step` warms up to `peak`. To start it again, with
-    a fresh state, load the state_dict that it has now."""
+    """AdamW before its first step; `train_step` warms its rate up to `peak`. Loading the state_dict
+    that it has now starts it afresh."""
     options = {"betas": (0.9, 0.95), "weight_decay": 0.0, "fused": policy.device.type == "cuda"}
     optimizer = torch.optim.AdamW(policy.parameters(), **options)
     optimizer.param_groups[0].update(peak=config.learning_rate, num_steps=0)
@@ -418,8 +419,7 @@ def train_step(
 
     `pairs` have the chosen response first, the rejected second, perhaps a third, y; and their
     `ref_logps`. UserError, before a weight moves, if a number is not finite. Train mode, since
-    gradient checkpointing is silently off in eval mode; dropout is 0.
-    """
+    gradient checkpointing is silently off in eval mode; dropout is 0."""
     if not len(pairs):
         return {}
 

@@ -390,8 +390,8 @@ class Oracle:
             references = [[text] for text in duels.columns["reference"]]
             baseline = self.score(prompts, references).expand(-1, 2).flatten()
             metrics["online_win_rate"] = win_metrics(rewards, baseline)["win_rate"]
-        is_first = torch.tensor([row["answer"] for row in rows], dtype=torch.bool)  # (B,)
-        return torch.stack([~is_first, is_first], dim=1).long(), metrics
+        first_wins = torch.tensor([row["answer"] for row in rows], dtype=torch.bool)  # (B,)
+        return torch.stack([~first_wins, first_wins], dim=1).long(), metrics
 
     def rank(self, prompts: list, texts: list, noise: Tensor, costs: list[int]) -> Tensor:
         """Scores (B, N) plus `noise` (B, N), by which texts are ranked, at `costs` labels each."""
@@ -586,7 +586,7 @@ class Counts:
 class Run:
     """The folder of a run: JSONL files, checkpoint, model; and what the screen shows. A round's
     random numbers depend on the seed and its number alone, so a checkpoint holds the state_dict of
-    `parts`, the counts and the rows of the files, no more."""
+    `parts`, the pairs of `replay`, the counts, and the rows of the files."""
 
     def __init__(self, config: Config, oracle: Oracle, parts: dict, counts: Counts) -> None:
         self.config, self.oracle, self.parts, self.counts = config, oracle, parts, counts

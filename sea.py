@@ -241,7 +241,8 @@ def choose_duels(
     config: Config, batch: Batch, rewards: Tensor | None, is_synthetic: Tensor, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Steps 3 to 5: two candidate numbers a prompt, (B,) each, by the heads' rewards (E, B, N) or,
-    with E = 1, APL's implicit ones."""
+    with E = 1, APL's implicit ones; passive exploration takes the first two candidates. A synthetic
+    pair is a random head's best and worst."""
     rows = torch.arange(len(batch))
     if config.explore == "passive":
         return torch.zeros_like(rows), torch.ones_like(rows)

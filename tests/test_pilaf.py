@@ -340,9 +340,9 @@ def test_each_epoch_has_every_pair_once_in_an_order_of_seed_iteration_and_epoch(
         if isinstance(module, nn.Embedding) and module.training:
             steps.append(ids[0].tolist())
 
-    hook = nn.modules.module.register_module_forward_pre_hook(see)
     for seed in (0, 1):
-        run = pilaf.train(pilaf.Config(**flags | dict(seed=seed)))
+        with nn.modules.module.register_module_forward_pre_hook(see):
+            run = pilaf.train(pilaf.Config(**flags | dict(seed=seed)))
         assert run.parts["optimizer"].param_groups[0]["num_steps"] == 6, "a warm-up an iteration"
         assert list(map(len, steps)) == [4, 2] * 6 and run.counts.gradient_steps == 12
         prompts = [tokenizer(pair["prompt"])["input_ids"] for pair in run.rows["preferences"]]
@@ -352,7 +352,6 @@ def test_each_epoch_has_every_pair_once_in_an_order_of_seed_iteration_and_epoch(
             assert sorted(order[n : n + 6]) == list(range(n // 18 * 6, n // 18 * 6 + 6))
             orders.append(tuple(i % 6 for i in order[n : n + 6]))
         steps.clear()
-    hook.remove()
     assert len(set(orders)) == 12
 
 
