@@ -388,7 +388,7 @@ class Oracle:
         rewards = torch.tensor([row["rewards"] for row in rows if row["rewards"]]).flatten()
         if len(rewards) and "reference" in duels.columns:
             references = [[text] for text in duels.columns["reference"]]
-            baseline = self.score(prompts, references).expand(-1, 2).flatten()
+            baseline = self.score(prompts, references).expand(-1, 2).flatten()  # (2 B,)
             metrics["online_win_rate"] = win_metrics(rewards, baseline)["win_rate"]
         first_wins = torch.tensor([row["answer"] for row in rows], dtype=torch.bool)  # (B,)
         return torch.stack([~first_wins, first_wins], dim=1).long(), metrics
@@ -586,7 +586,7 @@ class Counts:
 class Run:
     """The folder of a run: JSONL files, checkpoint, model; and what the screen shows. A round's
     random numbers depend on the seed and its number alone, so a checkpoint holds the state_dict of
-    `parts`, the pairs of `replay`, the counts, and the rows of the files."""
+    `parts`, the pairs of `replay`, the counts, the rows of the files and the unused answers."""
 
     def __init__(self, config: Config, oracle: Oracle, parts: dict, counts: Counts) -> None:
         self.config, self.oracle, self.parts, self.counts = config, oracle, parts, counts

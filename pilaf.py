@@ -278,7 +278,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         pairs, online = label(config, task, batch)
         run.record(online)
         run.keep(pairs)
-        # 5. Train the policy; in iterations not before one is complete, then on all of its pairs.
+        # 5. Train the policy on the round's pairs, or on an iteration's once it is complete.
         pairs.ref_logps = frozen_logps(task.ref_model, pairs, config)  # (n, 2), once
         run.replay.append(pairs)
         if step == rounds_per_iteration - 1:
