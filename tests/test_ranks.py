@@ -46,28 +46,41 @@ def test_two_processes_give_the_metrics_and_pairs_of_one(script, micro_batch_siz
 
 
 FAILING = """
-import os, common, harness, sea
+import os, pathlib, signal, time, common, harness, sea
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+rank, folder = os.environ["RANK"], pathlib.Path(os.environ["CODES"])
+(folder / f"pid{rank}").write_text(str(os.getpid()))
 
 def fail_once(model, batch, real=common.response_logps):
-    if os.environ["RANK"] == "1":
+    if rank == "1" and os.environ["HOW"] == "error":
         raise RuntimeError("this process alone is out of order")
+    if rank == "1":
+        time.sleep(2)  # the other one waits
+        for n in (0, 1):
+            os.kill(int((folder / f"pid{n}").read_text()), signal.SIGINT)
     return real(model, batch)
 
 common.response_logps = fail_once
 try:
     harness.main(sea.Config, sea.train, sea.__doc__)
 except SystemExit as stop:
-    open(os.environ["CODES"] + os.environ["RANK"], "w").write(str(stop.code))
+    (folder / f"code{rank}").write_text(str(stop.code))
     raise
 """
 
 
 @pytest.mark.slow
-def test_an_error_of_one_process_ends_all_with_exit_code_2(flags, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how, code, said", [
+    ("error", "2", ["error: this process alone is out of order (", "another process failed"]),
+    ("Ctrl-C", "130", ["stopped; --resume"]),
+])  # fmt: skip
+def test_an_error_of_one_process_or_ctrl_c_of_all_ends_all(
+    how, code, said, flags, tmp_path, monkeypatch
+):
     (tmp_path / "failing.py").write_text(FAILING)
-    monkeypatch.setenv("CODES", str(tmp_path / "code"))
+    monkeypatch.setenv("CODES", str(tmp_path))
+    monkeypatch.setenv("HOW", how)
     done = launch(str(tmp_path / "failing.py"), words(flags) + BACKBONE, 2)
-    assert done.returncode != 0
-    assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == ["2", "2"]
-    assert "error: this process alone is out of order (RuntimeError" in done.stderr
-    assert "error: another process failed" in done.stderr
+    assert done.returncode != 0 and all(words in done.stderr for words in said), done.stderr
+    assert [(tmp_path / f"code{rank}").read_text() for rank in (0, 1)] == [code, code]
