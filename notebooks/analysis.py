@@ -203,18 +203,18 @@ def sample_efficiency(
 
 
 def label_ratio(
-    random: np.ndarray, own: np.ndarray, labels: tuple[int, ...], draws: int = 1000
+    other: np.ndarray, own: np.ndarray, labels: tuple[int, ...], draws: int = 1000
 ) -> tuple[float, float, float]:
-    """How many times as many labels random duels need as a rule for 90 % of their own gain, curves
+    """How many times as many labels another rule needs as one's own for 90 % of its gain, curves
     (S, L) of both; and the 5 and 95 % quantiles of a bootstrap over seeds. Infinitely many: 0."""
 
     def ratio(seeds: np.ndarray) -> float:
-        curves = [np.maximum.accumulate(arm[seeds].mean(0)) for arm in (random, own)]
+        curves = [np.maximum.accumulate(arm[seeds].mean(0)) for arm in (other, own)]
         target = curves[0][0] + 0.9 * (curves[0][-1] - curves[0][0])
         needed = [labels_to(target, curve, np.array(labels)) for curve in curves]
         return needed[0] / max(needed[1], 1)
 
-    rng, num = np.random.default_rng(0), len(random)
+    rng, num = np.random.default_rng(0), len(other)
     found = [ratio(rng.integers(num, size=num)) for _ in range(draws)]
     return ratio(np.arange(num)), *np.quantile(found, (0.05, 0.95))
 

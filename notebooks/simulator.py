@@ -94,6 +94,8 @@ def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rules", nargs="+", choices=RULES, default=list(RULES))
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--first_seed", type=int, default=0)
+    parser.add_argument("--against", nargs="+", choices=RULES, default=["random"])
     parser.add_argument("--taste", type=int, help="annotators who want other kinds of fact")
     args, config, path = parser.parse_args(words), sea.Config(), ROOT / "runs" / "simulator.pt"
     if not path.exists():
@@ -107,12 +109,13 @@ def main(words: list[str] | None = None) -> None:
     print(" " * 22 + "".join(f"{num:<16}" for num in POINTS))
     found = {}  # rule -> accuracy and share, (S, points, 2)
     for name in args.rules:
-        found[name] = runs = np.array([simulate(RULES[name], n, *posts) for n in range(args.seeds)])
+        seeds = range(args.first_seed, args.first_seed + args.seeds)
+        found[name] = runs = np.array([simulate(RULES[name], seed, *posts) for seed in seeds])
         for metric, values in zip(("accuracy", "share"), runs.T):  # (points, S)
             print(f"{name:12}{metric:9}", *[f"{analysis.with_stderr(v):15}" for v in values])
-        if "random" in found:
-            ratio, low, high = analysis.label_ratio(found["random"][..., 1], runs[..., 1], POINTS)
-            print(f"{name:12}random's labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
+        for other in [rule for rule in args.against if rule in found]:
+            ratio, low, high = analysis.label_ratio(found[other][..., 1], runs[..., 1], POINTS)
+            print(f"{name:12}{other}'s labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
     drawing.simulated(POINTS, found, path.with_suffix(".png"))
 
 

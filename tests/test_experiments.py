@@ -1,5 +1,6 @@
 """Does the grid of experiments do each run once, and write down what the runs say?"""
 
+import math
 import shlex
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import sea
 
 import experiments
 import my_rule
+import own_rules
 import pytest
 import repeated_pairs
 import torch
@@ -86,3 +88,30 @@ def test_my_rule_takes_two_candidates_and_leaves_synthetic_pairs_alone():
     for place in range(2):
         assert torch.equal(found[place][is_synthetic], own[place][is_synthetic])
     assert (found[0] != found[1]).all()
+
+
+def test_our_own_rules_equal_loops_over_every_pair_and_head():
+    rng = torch.Generator().manual_seed(0)
+    rewards = 2 * torch.randn(4, 9, 5, generator=rng)  # E heads, B prompts, N candidates
+    batch = make_batch([3] * 9, [[2] * 5] * 9)
+    pairs = [(i, j) for i in range(5) for j in range(5) if i != j]
+    best_of = {name: own_rules.RULES[name](batch, rewards, rng) for name in own_rules.RULES}
+    for b in range(9):
+        r = rewards[:, b] - rewards[:, b].mean(1, keepdim=True)  # (E, N)
+        ranks = sorted(range(5), key=lambda n: -r[:, n].mean())
+        bits, gains = {}, {}
+        for i, j in pairs:
+            wins = [1 / (1 + math.exp(r[e, j] - r[e, i])) for e in range(4)]
+            entropies = [-p * math.log(p) - (1 - p) * math.log(1 - p) for p in wins]
+            p = sum(wins) / 4
+            bits[i, j] = -p * math.log(p) - (1 - p) * math.log(1 - p) - sum(entropies) / 4
+            after = [sum(w * r[e] for e, w in enumerate(wins)) / sum(wins),
+                     sum((1 - w) * r[e] for e, w in enumerate(wins)) / (4 - sum(wins))]  # fmt: skip
+            gains[i, j] = p * after[0].max() + (1 - p) * after[1].max()
+        own = {name: tuple(int(n[b]) for n in found) for name, found in best_of.items()}
+        few = own_rules.information(batch, rewards, rng, best=3)
+        assert bits[own["information"]] == pytest.approx(max(bits.values()))
+        inside = max(bits[pair] for pair in pairs if {*pair} <= {*ranks[:3]})
+        assert bits[int(few[0][b]), int(few[1][b])] == pytest.approx(inside)
+        assert gains[own["gain"]] == pytest.approx(float(max(gains.values())))
+        assert own["best_and_any"][0] == ranks[0] != own["best_and_any"][1]

@@ -1,0 +1,74 @@
+"""Five rules of our own for choosing duels: does one save labels against `bai` and `best_two`?
+
+    python notebooks/own_rules.py --rules bai best_two disputed_four information information_six \
+        gain best_and_any --against bai best_two --seeds 10 --first_seed 100 [--taste 1]
+
+The simulator with further rules. What was asked of them, and in which order, stands in protocol.md;
+what came out, in results.ipynb. A rule takes what my_rule.py's takes: rewards (E, B, N).
+"""
+
+import simulator  # first: it puts the repository on the path
+import torch
+from my_rule import common, my_rule
+from torch import Tensor
+
+
+def pair_of_most(value: Tensor, is_allowed: Tensor) -> tuple[Tensor, Tensor]:
+    """The pair of allowed candidates (B, N) with the largest value (B, N, N), (B,) and (B,)."""
+    is_pair = is_allowed[:, :, None] & is_allowed[:, None, :]
+    is_pair = is_pair & ~torch.eye(value.shape[1], dtype=torch.bool)
+    flat = value.masked_fill(~is_pair, -torch.inf).flatten(1).argmax(1)
+    return torch.unravel_index(flat, value.shape[1:])
+
+
+def answers(rewards: Tensor) -> Tensor:
+    """What each head expects of each duel: P(i wins against j), (E, B, N) -> (E, B, N, N)."""
+    return (rewards[..., :, None] - rewards[..., None, :]).sigmoid()
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Of an answer that is yes with probability p, in nats."""
+    return torch.special.entr(p) + torch.special.entr(1 - p)
+
+
+def information(
+    batch: common.Batch, rewards: Tensor, rng: torch.Generator, best: int = 20
+) -> tuple:
+    """Of the mean head's `best` candidates the pair whose answer says most about which head is
+    right, in nats. Other than the variance of gaps it takes the answer's own noise off."""
+    is_distinct = common.distinct(batch.responses)
+    order = rewards.mean(0).masked_fill(~is_distinct, -torch.inf).argsort(1, descending=True)
+    is_among_best = torch.zeros_like(is_distinct).scatter(1, order[:, :best], True)
+    p = answers(rewards)
+    return pair_of_most(entropy(p.mean(0)) - entropy(p).mean(0), is_distinct & is_among_best)
+
+
+def information_six(batch: common.Batch, rewards: Tensor, rng: torch.Generator) -> tuple:
+    return information(batch, rewards, rng, best=6)
+
+
+def gain(batch: common.Batch, rewards: Tensor, rng: torch.Generator) -> tuple:
+    """The knowledge gradient: the pair after whose answer the best candidate is expected to be best
+    by most, if each head counts by the probability that it gave to the answer."""
+    relative = rewards - rewards.mean(-1, keepdim=True)  # only gaps mean anything
+    p, num = answers(rewards), len(rewards)
+    after = [torch.einsum("ebij,ebn->bijn", answer, relative) / num for answer in (p, 1 - p)]
+    value = sum(mean.max(-1).values for mean in after)  # (B, N, N)
+    return pair_of_most(value, common.distinct(batch.responses))
+
+
+def best_and_any(batch: common.Batch, rewards: Tensor, rng: torch.Generator) -> tuple:
+    """The mean head's best against an arbitrary other: near the best, and with a contrast."""
+    is_distinct = common.distinct(batch.responses)
+    first = rewards.mean(0).masked_fill(~is_distinct, -torch.inf).argmax(1)
+    others = is_distinct.scatter(1, first[:, None], False)
+    chance = torch.rand(others.shape, generator=rng)
+    return first, chance.masked_fill(~others, -1).argmax(1)
+
+
+RULES = {"disputed_four": my_rule, "information": information, "information_six": information_six}
+RULES |= {"gain": gain, "best_and_any": best_and_any}
+
+if __name__ == "__main__":
+    simulator.RULES |= RULES
+    simulator.main()
