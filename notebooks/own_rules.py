@@ -49,10 +49,10 @@ def information_six(batch: common.Batch, rewards: Tensor, rng: torch.Generator) 
 
 def gain(batch: common.Batch, rewards: Tensor, rng: torch.Generator) -> tuple:
     """The knowledge gradient: the pair after whose answer the best candidate is expected to be best
-    by most, if each head counts by the probability that it gave to the answer."""
-    relative = rewards - rewards.mean(-1, keepdim=True)  # only gaps mean anything
+    by most, if each head counts by the probability that it gave to the answer. What a head adds to
+    all candidates adds the same to every pair."""
     p, num = answers(rewards), len(rewards)
-    after = [torch.einsum("ebij,ebn->bijn", answer, relative) / num for answer in (p, 1 - p)]
+    after = [torch.einsum("ebij,ebn->bijn", answer, rewards) / num for answer in (p, 1 - p)]
     value = sum(mean.max(-1).values for mean in after)  # (B, N, N)
     return pair_of_most(value, common.distinct(batch.responses))
 
