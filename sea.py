@@ -30,7 +30,7 @@ The paper's variants 1-7: 1 --explore passive; 2 --gamma 1; 3 the default; 4 --e
 --best_of_n 10; 5 --gamma 1 --best_of_n 10; 6 --best_of_n 10; 7 --explore ee --gamma 1 --offline
 --best_of_n 10 --learning_rate 0. Baselines: --explore passive (--offline; --loss ipo, slic), apl.
 
-    python sea.py      # 2.5 minutes on two CPU cores, offline; GPUs: README.md
+    python sea.py      # 2 to 4 minutes on two CPU cores, offline; GPUs: README.md
 
 Shapes: B prompts, N candidates a prompt, E heads, D features; common.py has the others.
 """
