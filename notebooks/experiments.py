@@ -2,7 +2,7 @@
 
     python notebooks/experiments.py --stage rates       # first: each arm's learning rate
     python notebooks/experiments.py --stage claims      # then both rules of labels, seeds 0 to 7
-    python notebooks/experiments.py --stage backbones --jobs 2
+    python notebooks/experiments.py --stage backbones --jobs 2  # or open: alpha, gamma, anchor
     python notebooks/experiments.py --stage claims --arms bai random --seeds 0 1 --list
     python notebooks/experiments.py --stage simulator   # the backbones without a policy, 20 seeds
 
@@ -67,11 +67,18 @@ BACKBONES = {
     for name, backbone in (("reference", "reference"), ("oracle", "./tiny/reward_model"))
     for rule in ("bai", "random", "best_two")
 }
+OPEN = {  # what else a reader may ask
+    "selm-alpha0.01": f"selm {LONGER} --alpha 0.01",  # ten times the default, and a hundred times
+    "selm-alpha0.1": f"selm {LONGER} --alpha 0.1",
+    "bai-gamma0.4": "sea --explore bai --gamma 0.4",
+    "bai-anchor0": "sea --explore bai --anchor 0",
+}
+EVERY = ARMS | BACKBONES | OPEN
 
 
 def jobs_of(stage: str, arms: list[str] | None, seeds: list[int] | None) -> list[tuple]:
     """(arm, rule, rate, seed) of a stage; the chosen rate where the stage does not search."""
-    known = BACKBONES if stage == "backbones" else ARMS
+    known = {"backbones": BACKBONES, "open": OPEN}.get(stage, ARMS)
     arms = [arm for arm in known if arm in (arms or known)]
     if stage == "rates":
         found = [(a, RULES[0], r, s) for s in (100, 101, 102) for r in RATES for a in arms]
@@ -93,7 +100,7 @@ def rate_of(arm: str) -> float:
 
 
 def command(arm: str, rule: str, rate: float, seed: int, start: Path) -> str:
-    script, *own = (ARMS | BACKBONES)[arm].format(start=start).split(" ", 1)
+    script, *own = EVERY[arm].format(start=start).split(" ", 1)
     own += [SEARCH] if seed >= 100 else []
     how = f"--labels {rule} --learning_rate {rate} --seed {seed}"
     return " ".join([script, SHARED, *own, how])
@@ -186,9 +193,9 @@ def simulate(device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    stages = ("rates", "claims", "backbones", "simulator")
+    stages = ("rates", "claims", "backbones", "open", "simulator")
     parser.add_argument("--stage", choices=stages, required=True)
-    parser.add_argument("--arms", nargs="+", choices=(*ARMS, *BACKBONES), metavar="ARM")
+    parser.add_argument("--arms", nargs="+", choices=EVERY, metavar="ARM")
     parser.add_argument("--seeds", nargs="+", type=int, help="default: those of the protocol")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu")
@@ -206,7 +213,7 @@ def main() -> None:
     if args.list:
         print("\n".join(f"python {command(*job, Path('START'))}" for job in todo))
         return
-    moved = [job for job in todo if "{start}" in (ARMS | BACKBONES)[job[0]]]
+    moved = [job for job in todo if "{start}" in EVERY[job[0]]]
     starts = sorted({(rule, seed) for _, rule, _, seed in moved})
     num_failed = 0
     with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:

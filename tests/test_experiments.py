@@ -18,7 +18,7 @@ import torch
 from conftest import ROOT, make_batch, rows
 
 
-@pytest.mark.parametrize("arm", (*experiments.ARMS, *experiments.BACKBONES))
+@pytest.mark.parametrize("arm", experiments.EVERY)
 def test_every_arm_of_the_grid_is_taken_by_the_real_parser(monkeypatch, arm):
     monkeypatch.chdir(ROOT)
     name, *words = shlex.split(experiments.command(arm, "argmax", 3e-4, 1, Path("tiny")))
@@ -29,7 +29,7 @@ def test_every_arm_of_the_grid_is_taken_by_the_real_parser(monkeypatch, arm):
 
 
 def test_results_have_the_seeds_of_the_protocol_and_the_rate_that_was_chosen_on_others():
-    seeds = {"rates": {100, 101, 102}, "claims": set(range(8)), "backbones": set(range(5))}
+    seeds = {"rates": range(100, 103), "claims": range(8), "backbones": range(5), "open": range(5)}
     files = [path for path in experiments.RESULTS.glob("*.jsonl") if path.stem in seeds]
     assert files
     for path in files:
