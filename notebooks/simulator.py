@@ -106,16 +106,16 @@ def main(words: list[str] | None = None) -> None:
     if args.taste is not None:
         posts = [part._replace(rewards=rewards_by_rule(part.batch, args.taste)) for part in posts]
     print(f"mean ± standard error over {args.seeds} seeds, after so many labels:")
-    print(" " * 22 + "".join(f"{num:<16}" for num in POINTS))
+    print(" " * 26 + "".join(f"{num:<16}" for num in POINTS))
     found = {}  # rule -> accuracy and share, (S, points, 2)
     for name in args.rules:
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         found[name] = runs = np.array([simulate(RULES[name], seed, *posts) for seed in seeds])
         for metric, values in zip(("accuracy", "share"), runs.T):  # (points, S)
-            print(f"{name:12}{metric:9}", *[f"{analysis.with_stderr(v):15}" for v in values])
+            print(f"{name:16}{metric:9}", *[f"{analysis.with_stderr(v):15}" for v in values])
         for other in [rule for rule in args.against if rule in found]:
             ratio, low, high = analysis.label_ratio(found[other][..., 1], runs[..., 1], POINTS)
-            print(f"{name:12}{other}'s labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
+            print(f"{name:16}{other}'s labels / own: {ratio:.2f}, 90 % {low:.2f} to {high:.2f}")
     drawing.simulated(POINTS, found, path.with_suffix(".png"))
 
 
