@@ -271,7 +271,7 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
 def next_prompts(prompts: Batch, start: int, count: int, seed: int) -> Batch:
     """Prompts number `start` to `start + count` of an endless stream, reshuffled each epoch."""
     size = len(prompts)
-    epochs = range(start // size, (start + count - 1) // size + 1)
+    epochs = range(start // size, (start + count) // size + 1)
     order = [torch.randperm(size, generator=generator(seed, "epoch", epoch)) for epoch in epochs]
     return prompts.select(torch.cat(order)[start % size :][:count])
 
@@ -522,11 +522,11 @@ def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str,
         facts = (columns[name] for name in ("wanted", "wrong", "clutter"))
         kept["gold"] = list(map(gold_score, kept["response"], *facts))
         metrics["gold"] = sum(kept["gold"]) / len(batch)
-    is_whole = torch.isin(batch.response_ids[..., -1], common.eos_ids(policy, tokenizer).cpu())
-    is_cut = batch.response_mask[..., -1].bool() & ~is_whole  # (B, 1)
+    # What has ended is padded with EOS.
+    has_ended = torch.isin(batch.response_ids[..., -1], common.eos_ids(policy, tokenizer).cpu())
     metrics["kl"] = kl
     metrics["length"] = batch.response_mask.sum(-1).double().mean().item()
-    metrics["truncated"] = is_cut.double().mean().item()
+    metrics["truncated"] = (~has_ended).double().mean().item()
     return metrics, [dict(zip(kept, values)) for values in zip(*kept.values())]
 
 

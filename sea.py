@@ -144,7 +144,7 @@ class EpistemicRewardModel(nn.Module):
         self.mean.copy_(flat.mean(0))
         std = flat.std(0)  # a dimension that does not vary yet gets the usual scale
         self.std.copy_(torch.where(std > 1e-3 * std.mean(), std, std.mean()))
-        gaps = self(features).diff(dim=-1)[:, is_pair]  # (E, n)
+        gaps = self(features).diff()[:, is_pair]  # (E, n)
         scale = self.prior_std / gaps.var(0).mean().sqrt()
         for tensor in (self.weights[-1], self.start[len(self.weights) - 1], self.sigmas[-1]):
             tensor.mul_(scale)

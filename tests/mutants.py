@@ -1,7 +1,6 @@
 """Mutation test: does some quick test fail for each small error that is put into a function?
 
     python tests/mutants.py --num 150 --seed 0     # random mutants of the formula functions
-    python tests/mutants.py --functions all        # of every one, or: dpo Oracle.prefer Oracle
 
 A mutant is one change by the syntax tree, in a copy of the working tree: another operator, constant
 or reduction, a negation, two arguments exchanged, an argument or a statement left out.
@@ -61,8 +60,9 @@ def changes(function):
             yield node, "attr", OTHER[node.attr]
         if isinstance(node, ast.Call) and ast.unparse(node.func) not in ("max", "min"):
             args, words = node.args, node.keywords
-            for i in [i for i in range(1, len(args)) if type(args[i - 1]) is type(args[i])]:
-                yield node, "args", [*args[: i - 1], args[i], args[i - 1], *args[i + 1 :]]
+            for i, (one, two) in enumerate(zip(args, args[1:])):
+                if type(one) is type(two) and ast.dump(one) != ast.dump(two):
+                    yield node, "args", [*args[:i], two, one, *args[i + 2 :]]
             for i in [i for i in range(len(words)) if words[i].arg not in ("device", "dtype")]:
                 yield node, "keywords", words[:i] + words[i + 1 :]
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
@@ -97,7 +97,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--num", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--functions", nargs="+", default=[], help="names, or 'all'")
+    parser.add_argument("--functions", nargs="+", default=[], help="all, or: dpo Oracle.prefer")
     args, num_killed = parser.parse_args(), 0
     every = [mutant for file in TESTS for mutant in mutants(file, set(args.functions))]
     chosen = random.Random(args.seed).sample(every, min(args.num, len(every)))

@@ -8,6 +8,7 @@ import harness
 from common import UserError
 
 import pytest
+from test_oracle import Alphabetical
 from test_run import SCRIPTS, Rule, own_flags, train
 
 
@@ -139,9 +140,14 @@ def test_a_path_is_named_with_its_flag_if_nothing_is_there_or_a_library_fails(
 @pytest.mark.parametrize("text", ["", "not json\n", "[1, 2\n", '{"prompt": 1}\n{"prompt": "b"}\n'])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_damaged_data_set_is_refused(text, suffix, refused, tmp_path):
-    (tmp_path / f"data.{suffix}").write_text(text)
-    data = tmp_path / f"data.{suffix}"
+    (data := tmp_path / f"data.{suffix}").write_text(text)
     assert refused("pilaf", dataset=data).startswith(f"--dataset {data}: ")
+
+
+def test_an_oracle_that_cannot_do_what_it_is_asked_for_says_so(ends):
+    assert ends("pilaf", oracle=harness.Oracle) == ("error: an oracle needs `score` or `prefer`", 2)
+    assert "error: this oracle has no `score`" in ends("selm", "--overwrite", oracle=Alphabetical)[0]
+    assert "--best_of_n needs" in ends("sea", "--best_of_n=2", "--overwrite", oracle=Alphabetical)[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

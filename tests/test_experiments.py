@@ -30,11 +30,10 @@ def test_every_arm_of_the_grid_is_taken_by_the_real_parser(monkeypatch, arm):
 
 def test_results_have_the_seeds_of_the_protocol_and_the_rate_that_was_chosen_on_others():
     seeds = {"rates": range(100, 103), "claims": range(8), "backbones": range(5), "open": range(5)}
-    files = [path for path in experiments.RESULTS.glob("*.jsonl") if path.stem in seeds]
-    assert files
-    for path in files:
-        found = {(row["arm"], row["labels"], row["rate"], row["seed"]) for row in rows(path)}
-        assert found == {(*arm, seed) for *arm, _ in found for seed in seeds[path.stem]}, path
+    for name, wanted in seeds.items():
+        table = rows(experiments.RESULTS / f"{name}.jsonl")
+        found = {(row["arm"], row["labels"], row["rate"], row["seed"]) for row in table}
+        assert found == {(*arm, seed) for *arm, _ in found for seed in wanted}, name
     claims = {(row["arm"], row["rate"]) for row in rows(experiments.RESULTS / "claims.jsonl")}
     assert claims == {(arm, experiments.rate_of(arm)) for arm, _ in claims}
 
@@ -82,8 +81,7 @@ def test_my_rule_takes_two_candidates_and_leaves_synthetic_pairs_alone():
     is_synthetic = torch.tensor([True, False] * 30)
     found = my_rule.choose_duels(config, batch, rewards, is_synthetic, rng.manual_seed(1))
     own = sea.choose_duels(config, batch, rewards, is_synthetic, rng.manual_seed(1))
-    for place in range(2):
-        assert torch.equal(found[place][is_synthetic], own[place][is_synthetic])
+    assert torch.equal(torch.stack(found)[:, is_synthetic], torch.stack(own)[:, is_synthetic])
     assert (found[0] != found[1]).all()
 
 
