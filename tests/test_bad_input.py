@@ -146,8 +146,8 @@ def test_a_damaged_data_set_is_refused(text, suffix, refused, tmp_path):
 
 def test_an_oracle_that_cannot_do_what_it_is_asked_for_says_so(ends):
     assert ends("pilaf", oracle=harness.Oracle) == ("error: an oracle needs `score` or `prefer`", 2)
-    assert "error: this oracle has no `score`" in ends("selm", "--overwrite", oracle=Alphabetical)[0]
-    assert "--best_of_n needs" in ends("sea", "--best_of_n=2", "--overwrite", oracle=Alphabetical)[0]
+    assert "this oracle has no `score`" in ends("selm", "--overwrite", oracle=Alphabetical)[0]
+    assert "best_of_n needs" in ends("sea", "--best_of_n=2", "--overwrite", oracle=Alphabetical)[0]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
