@@ -68,8 +68,9 @@ BACKBONES = {
     for rule in ("bai", "random", "best_two")
 }
 OPEN = {  # what else a reader may ask
-    "selm-alpha0.01": f"selm {LONGER} --alpha 0.01",  # ten times the default, and a hundred times
+    "selm-alpha0.01": f"selm {LONGER} --alpha 0.01",  # ten times the default, and so on
     "selm-alpha0.1": f"selm {LONGER} --alpha 0.1",
+    "selm-alpha1": f"selm {LONGER} --alpha 1",
     "bai-gamma0.4": "sea --explore bai --gamma 0.4",
     "bai-anchor0": "sea --explore bai --anchor 0",
 }
