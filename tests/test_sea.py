@@ -64,9 +64,9 @@ def test_heads_start_by_lecuns_rule_each_elsewhere_and_elsewhere_with_another_se
 
 def test_calibration_waits_for_distinct_neighbours_and_gives_their_gaps_the_spread_prior_std():
     """A first round of equal texts changes nothing, and later ones do not count; each feature is
-    standardised, and one that does not vary gets the usual scale."""
+    standardised, and one that hardly varies gets the usual scale."""
     ensemble, features = small(prior_std=3.0), torch.randn(6, 5, 6, generator=stream())
-    features = features * torch.tensor([0, 0.1, 1, 3, 9, 50]) + torch.arange(6) * 5 - 9
+    features = features * torch.tensor([1e-3, 0.02, 1, 3, 9, 50]) + torch.arange(6) * 5 - 9
     before = ensemble(features)
     ensemble.calibrate(features[:, :1].expand(-1, 3, -1), common.distinct([["a", "a ", " a"]] * 6))
     assert torch.equal(ensemble(features), before) and before.isfinite().all()
