@@ -86,8 +86,9 @@ def jobs_of(stage: str, arms: list[str] | None, seeds: list[int] | None) -> list
     elif stage == "claims":
         found = [(a, rule, rate_of(a), s) for rule in RULES for s in range(8) for a in arms]
     else:
-        both = [(a, r) for a in arms for r in RULES if r == RULES[0] or a == "selm-alpha0.1"]
-        found = [(a, rule, rate_of(a.split("-")[0]), s) for s in range(5) for a, rule in both]
+        both = ["selm-alpha0.1"]  # of which the second rule was asked, too
+        pairs = [(a, rule) for a in arms for rule in (RULES if a in both else RULES[:1])]
+        found = [(a, rule, rate_of(a.split("-")[0]), s) for s in range(5) for a, rule in pairs]
     return [job for job in found if job[3] in (seeds or [job[3]])]
 
 

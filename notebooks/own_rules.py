@@ -7,10 +7,17 @@ The simulator with further rules. What was asked of them, and in which order, st
 what came out, in results.ipynb. A rule takes what my_rule.py's takes: rewards (E, B, N).
 """
 
-import simulator  # first: it puts the repository on the path
+import simulator
 import torch
-from my_rule import common, my_rule
+from simulator import common, sea
 from torch import Tensor
+
+
+def best_few(batch: common.Batch, rewards: Tensor, num: int) -> Tensor:
+    """True, (B, N), at the mean head's best distinct candidates."""
+    is_distinct = common.distinct(batch.responses)
+    mean = rewards.mean(0).masked_fill(~is_distinct, -torch.inf)  # (B, N)
+    return is_distinct & torch.zeros_like(is_distinct).scatter(1, mean.topk(num).indices, True)
 
 
 def pair_of_most(value: Tensor, is_allowed: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,20 +38,24 @@ def entropy(p: Tensor) -> Tensor:
     return torch.special.entr(p) + torch.special.entr(1 - p)
 
 
-def information(
-    batch: common.Batch, rewards: Tensor, rng: torch.Generator, best: int = 20
-) -> tuple:
-    """Of the mean head's `best` candidates the pair whose answer says most about which head is
-    right, in nats. Other than the variance of gaps it takes the answer's own noise off."""
-    is_distinct = common.distinct(batch.responses)
-    order = rewards.mean(0).masked_fill(~is_distinct, -torch.inf).argsort(1, descending=True)
-    is_among_best = torch.zeros_like(is_distinct).scatter(1, order[:, :best], True)
+def most_informative(rewards: Tensor, is_allowed: Tensor) -> tuple:
+    """The pair whose answer says most about which head is right, in nats. Other than the variance
+    of gaps it takes the answer's own noise off."""
     p = answers(rewards)
-    return pair_of_most(entropy(p.mean(0)) - entropy(p).mean(0), is_distinct & is_among_best)
+    return pair_of_most(entropy(p.mean(0)) - entropy(p).mean(0), is_allowed)
+
+
+def disputed_four(batch: common.Batch, rewards: Tensor, rng: torch.Generator) -> tuple:
+    """The example of my_rule.py."""
+    return sea.most_uncertain_pair(rewards, best_few(batch, rewards, 4))
+
+
+def information(batch: common.Batch, rewards: Tensor, rng: torch.Generator) -> tuple:
+    return most_informative(rewards, common.distinct(batch.responses))
 
 
 def information_six(batch: common.Batch, rewards: Tensor, rng: torch.Generator) -> tuple:
-    return information(batch, rewards, rng, best=6)
+    return most_informative(rewards, best_few(batch, rewards, 6))
 
 
 def gain(batch: common.Batch, rewards: Tensor, rng: torch.Generator) -> tuple:
@@ -66,8 +77,10 @@ def best_and_any(batch: common.Batch, rewards: Tensor, rng: torch.Generator) -> 
     return first, chance.masked_fill(~others, -1).argmax(1)
 
 
-RULES = {"disputed_four": my_rule, "information": information, "information_six": information_six}
-RULES |= {"gain": gain, "best_and_any": best_and_any}
+RULES = {
+    rule.__name__: rule
+    for rule in (disputed_four, information, information_six, gain, best_and_any)
+}
 
 if __name__ == "__main__":
     simulator.RULES |= RULES

@@ -86,20 +86,21 @@ def test_my_rule_takes_two_candidates_and_leaves_synthetic_pairs_alone():
 
 
 def test_our_own_rules_equal_loops_over_every_pair_and_head():
-    rewards = 2 * torch.randn(4, 1, 8, generator=torch.Generator().manual_seed(3))  # (E, 1, N)
-    batch, heads = make_batch([3], [[2] * 8]), rewards[:, 0].tolist()
-    mean, bits, gains = rewards[:, 0].mean(0), {}, {}
+    rewards = torch.randn(4, 1, 8, generator=torch.Generator().manual_seed(441))  # (E, 1, N)
+    rewards, batch = 2 * rewards[..., [*range(8), 0]], make_batch([3], [[2] * 8])
+    batch.responses[0] += batch.responses[0][:1]  # the best one twice
+    heads, mean, bits, gains = rewards[:, 0].tolist(), rewards[:, 0, :8].mean(0), {}, {}
     for i, j in itertools.permutations(range(8), 2):
         wins = [1 / (1 + math.exp(r[j] - r[i])) for r in heads]
         p, *each = [-p * math.log(p) - (1 - p) * math.log(1 - p) for p in (sum(wins) / 4, *wins)]
         bits[i, j], gains[i, j] = p - sum(each) / 4, 0
         for answer in (wins, [1 - p for p in wins]):
-            best = [sum(p * (r[n] - sum(r) / 8) for p, r in zip(answer, heads)) for n in range(8)]
-            gains[i, j] += max(best) / 4
+            gains[i, j] += max(sum(p * r[n] for p, r in zip(answer, heads)) for n in range(8)) / 4
     own = {name: rule(batch, rewards, torch.Generator()) for name, rule in own_rules.RULES.items()}
     own = {name: tuple(map(int, pair)) for name, pair in own.items()}
     six = max(bits[pair] for pair in itertools.permutations(mean.topk(6).indices.tolist(), 2))
     assert bits[own["information"]] == pytest.approx(max(bits.values())) != pytest.approx(six)
     assert bits[own["information_six"]] == pytest.approx(six)
+    assert {*own["disputed_four"]} <= {*mean.topk(4).indices.tolist()}
     assert gains[own["gain"]] == pytest.approx(max(gains.values()))
-    assert own["best_and_any"][0] == mean.argmax() != own["best_and_any"][1]
+    assert own["best_and_any"][0] == mean.argmax() == 0 < own["best_and_any"][1] < 8

@@ -221,7 +221,7 @@ def test_each_arm_has_its_rule_and_a_synthetic_pair_is_a_heads_best_and_worst(ex
     config = Config(explore=explore, bai_variance=variance)
     own = rewards[:1] if explore == "apl" else rewards
     which = (torch.arange(NUM_PROMPTS) % 3 == 0) & torch.tensor(config.gamma < 1)
-    (first, second), again = (choose_duels(config, batch, own, which, stream()) for _ in "12")
+    (first, second), again = (choose_duels(config, batch, own, which, stream()) for _ in range(2))
     assert torch.equal(second, again[1])  # nothing is drawn from a stream without a seed
     widest = [common.widest_pair(reward, is_distinct) for reward in own]
     is_best = [torch.stack([best == n for best, _ in widest]).any(0) for n in (first, second)]
