@@ -79,7 +79,7 @@ EVERY = ARMS | BACKBONES | OPEN
 
 def jobs_of(stage: str, arms: list[str] | None, seeds: list[int] | None) -> list[tuple]:
     """(arm, rule, rate, seed) of a stage; the chosen rate where the stage does not search."""
-    known = {"backbones": BACKBONES, "open": OPEN}.get(stage, ARMS)
+    known = {"rates": EVERY, "backbones": BACKBONES, "open": OPEN}.get(stage, ARMS)
     arms = [arm for arm in known if arm in (arms or known)]
     if stage == "rates":
         found = [(a, RULES[0], r, s) for s in (100, 101, 102) for r in RATES for a in arms]
@@ -88,7 +88,7 @@ def jobs_of(stage: str, arms: list[str] | None, seeds: list[int] | None) -> list
     else:
         both = ["selm-alpha0.1"]  # of which the second rule was asked, too
         pairs = [(a, rule) for a in arms for rule in (RULES if a in both else RULES[:1])]
-        found = [(a, rule, rate_of(a.split("-")[0]), s) for s in range(5) for a, rule in pairs]
+        found = [(a, rule, rate_of(a), s) for s in range(5) for a, rule in pairs]
     return [job for job in found if job[3] in (seeds or [job[3]])]
 
 
