@@ -324,7 +324,7 @@ class Oracle:
     block_size = 1  # questions scored at once: what comes one by one is kept one by one
 
     def __init__(self, config: Config) -> None:
-        self.config, self.queries, self.num_lines, self.path = config, 0, 0, None
+        self.config, self.queries, self.num_lines, self.path = config, 0, 0, os.devnull
         self.bought = defaultdict(list)  # (prompt, *texts) -> answers that were not used yet
 
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor | None:
@@ -346,7 +346,8 @@ class Oracle:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         lines = text.split("\n")[:-1]  # a crash may have cut the last one
         rewrite(path, "".join(line + "\n" for line in lines))
-        self.queries, self.num_lines, self.path = queries, len(lines), path
+        self.path = path if is_first() else os.devnull
+        self.queries, self.num_lines = queries, len(lines)
         self.bought.clear()
         for row in [*unused, *map(json.loads, lines[num_lines:])]:
             self.bought[row["prompt"], *row["texts"]].append(row)
@@ -374,9 +375,8 @@ class Oracle:
                 rows[i] = {"prompt": prompts[i], "texts": texts[i], "answer": answer}
                 rows[i]["rewards"] = None if own is None else own[0].tolist()
                 self.num_lines += 1
-                if self.path and is_first():
-                    with open(self.path, "a", encoding="utf-8") as file:  # closed, hence flushed
-                        file.write(to_lines([rows[i]]))
+                with open(self.path, "a", encoding="utf-8") as file:  # closed, hence flushed
+                    file.write(to_lines([rows[i]]))
         self.queries = start + sum(costs)
         return rows
 

@@ -285,11 +285,11 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
             if config.num_iterations:
                 optimizer.load_state_dict(fresh)
             pairs = common.stacked(run.replay)
-            for epoch in range(config.num_epochs):
-                rng = generator(config.seed, "order", t, epoch)
-                for rows in torch.randperm(len(pairs), generator=rng).split(config.batch_size):
-                    run.record(train_step(policy, optimizer, pairs.select(rows), loss, config))
-                    counts.gradient_steps += len(rows) > 0
+            streams = [generator(config.seed, "order", t, n) for n in range(config.num_epochs)]
+            orders = [torch.randperm(len(pairs), generator=rng) for rng in streams]
+            for rows in [part for order in orders for part in order.split(config.batch_size)]:
+                run.record(train_step(policy, optimizer, pairs.select(rows), loss, config))
+                counts.gradient_steps += len(rows) > 0
             run.replay.clear()
         run.end_round()
     run.finish(policy, task.tokenizer)
