@@ -25,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -194,6 +195,18 @@ def simulate(device: str) -> None:
     (RESULTS / "simulator.jsonl").write_text("".join(lines))
 
 
+def run_all(task: Callable, items: list[tuple], args: argparse.Namespace) -> int:
+    """The task for each item, --jobs at once; how many failed, which does not stop the others."""
+    num_failed = 0
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
+        jobs = [pool.submit(task, args.runs, *item, args.device) for item in items]
+        for done, item in zip(tqdm(jobs, unit="run"), items):
+            if problem := done.exception():
+                num_failed += 1
+                tqdm.write(f"{item}: {type(problem).__name__}: {problem}")
+    return num_failed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     stages = ("rates", "claims", "backbones", "open", "simulator")
@@ -218,14 +231,8 @@ def main() -> None:
         return
     moved = [job for job in todo if "{start}" in EVERY[job[0]]]
     starts = sorted({(rule, seed) for _, rule, _, seed in moved})
-    num_failed = 0
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:
-        for task, items in ((make_start, starts), (run, [(args.stage, job) for job in todo])):
-            jobs = [pool.submit(task, args.runs, *item, args.device) for item in items]
-            for done, item in zip(tqdm(jobs, unit="run"), items):
-                if problem := done.exception():
-                    num_failed += 1
-                    tqdm.write(f"{item}: {type(problem).__name__}: {problem}")
+    num_failed = run_all(make_start, starts, args)
+    num_failed += run_all(run, [(args.stage, job) for job in todo], args)
     collect(args.runs, args.stage)
     sys.exit(f"{num_failed} runs failed" if num_failed else 0)
 
