@@ -54,8 +54,8 @@ def ranks() -> tuple[int, int]:
 
 def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
     """Concatenate `function(rows)`, a tensor or a tuple of tensors with an entry a row, on the CPU,
-    over micro-batches of at most `size` of `count` rows, which bounds the memory of all that is
-    heavy. Of n processes each computes every n-th micro-batch and receives the others' results."""
+    over micro-batches of at most `size` of `count` rows, which bounds the memory. Of n processes
+    each computes every n-th micro-batch and receives the results of the others."""
     rank, num_ranks = ranks()
     parts = torch.arange(count).split(min(size, max(1, -(-count // num_ranks))))
     everyone = [None] * num_ranks
@@ -159,7 +159,7 @@ def pack(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, mask: Tensor) -> Tensor:
-    """The inverse of `pack`: (B, L) -> the shape of `mask`, with zeros where it is 0. Further
+    """The inverse of `pack`: (B, L) -> the shape of `mask`, zeros where it is 0. Further
     dimensions, as in (B, L, V), stay behind."""
     values = packed.new_zeros(*mask.shape, *packed.shape[2:])
     values[mask.bool()] = packed[packed_mask(mask)]
@@ -264,7 +264,7 @@ def frozen_logps(model: nn.Module, batch: Batch, config: Any) -> Tensor:
 
 
 class Cache(transformers.DynamicCache):
-    """Keys and values; bfloat16 under autocast, which would have them kept in float32."""
+    """Keys and values; bfloat16 under autocast, which would keep float32."""
 
     def update(self, keys: Tensor, values: Tensor, *args: Any, **options: Any) -> Any:
         if torch.is_autocast_enabled(keys.device.type):

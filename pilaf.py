@@ -33,7 +33,7 @@ another seed, to see other prompts) and the reference where it was:
 No code of the authors was found. Not known, hence our choice: learning rate, batch, response
 length, temperature, KL estimator, label rule, how their start was overfitted, what an iteration is.
 
-    python pilaf.py      # 70 s on two CPU cores, offline; GPUs: README.md
+    python pilaf.py      # 1 to 2 minutes on two CPU cores, offline; GPUs: README.md
 
 Shapes: B prompts, N responses a prompt, R response tokens, V vocabulary.
 """

@@ -27,7 +27,7 @@ Differences from both: the oracle ranks, not PairRM, with noise unless --labels 
 ceil(3 n / 2) - 2 labels; beta 0.1, not 0.01; a constant rate after each warm-up, not a cosine; no
 offline DPO first (Zephyr's recipe). XPO's alpha and schedule are unconfirmed, ours a choice.
 
-    python selm.py      # 1 minute on two CPU cores, offline; GPUs: README.md
+    python selm.py      # 1 to 2 minutes on two CPU cores, offline; GPUs: README.md
 
 Shapes: B prompts, N responses a prompt; common.py has the others.
 """
