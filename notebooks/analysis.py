@@ -273,7 +273,8 @@ def efficiency_table(arms: dict[str, Runs], baseline: str = "passive") -> str:
 
 
 def rate_table(arms: dict[str, Runs]) -> str:
-    """Markdown: mean objective at the end of the search, an arm a row, a rate a column."""
+    """Markdown: mean objective at the end of the search, an arm a row, a rate a column. A rate at
+    which a run collapsed, and so has no end, is in brackets: it is not taken."""
     rates = sorted(
         {row["rate"] for runs in arms.values() for rows in runs.values() for row in rows}
     )
@@ -284,7 +285,10 @@ def rate_table(arms: dict[str, Runs]) -> str:
         for seed, rows in runs.items():
             for row in rows:
                 ends[row["rate"]][seed] = row["objective"]
-        cells = [f"{np.mean(list(ends[rate].values())):.3f}" for rate in rates]
+        known = [list(ends[rate].values()) for rate in rates]
+        means = [f"{np.mean(objectives):.3f}" for objectives in known]
+        num_seeds = max(map(len, known))
+        cells = [m if len(own) == num_seeds else f"({m})" for m, own in zip(means, known)]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

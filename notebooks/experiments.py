@@ -94,13 +94,16 @@ def jobs_of(stage: str, arms: list[str] | None, seeds: list[int] | None) -> list
 
 
 def rate_of(arm: str) -> float:
-    """The rate of the largest mean `objective` at the end, over the seeds of the search."""
+    """The rate of the largest mean `objective` at the end, over the seeds of the search; none at
+    which a run collapsed, and so has no end."""
     ends = defaultdict(dict)  # rate -> seed -> objective of the last row
     for line in (RESULTS / "rates.jsonl").read_text().splitlines():
         row = json.loads(line)
         if row["arm"] == arm:
             ends[row["rate"]][row["seed"]] = row["objective"]
-    return max(ends, key=lambda rate: statistics.mean(ends[rate].values()))
+    num_seeds = max(map(len, ends.values()))
+    means = {r: statistics.mean(e.values()) for r, e in ends.items() if len(e) == num_seeds}
+    return max(means, key=means.get)
 
 
 def command(arm: str, rule: str, rate: float, seed: int, start: Path) -> str:
@@ -176,7 +179,6 @@ def simulate(device: str) -> None:
     """Write results/simulator.jsonl, at the end: three rules for duels on the three backbones, no
     policy in the loop (simulator.py); a row has `accuracy` and `share` after so many labels."""
     os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
     import sea
     from notebooks import simulator
 
@@ -219,6 +221,7 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="show the commands and stop")
     parser.add_argument("--collect", action="store_true", help="only write results/ from --runs")
     args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))  # the error of a run that failed is one of common.py's
     if args.stage == "simulator":
         if args.list or args.collect or args.arms or args.seeds:
             parser.error("--stage simulator takes no flag but --device")

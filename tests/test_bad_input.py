@@ -60,46 +60,40 @@ def test_a_number_out_of_range_is_refused_by_name_and_0_where_it_has_no_meaning(
     assert len(cases) > 30
 
 
-@pytest.mark.parametrize(
-    "command, said",
-    [
-        ("pilaf --labels often", "--labels"), ("sea --seed 0.5", "--seed"),
-        ("pilaf --bet 1", "--bet"), ("selm stray", "stray"),
-        ("sea --device abacus", "--device abacus: "), ("pilaf --device cud", "--device cud: "),
-        ("pilaf --resume", "holds no run"),
-        ("selm --resume --overwrite", "--resume excludes --overwrite"),
-        ("selm --resume elsewhere", "--resume names another folder than --output_dir"),
-        ("pilaf --sampler best_of_n_oracle --num_candidates 13", "a prompt takes 13 labels"),
-        ("pilaf --num_iterations 9 --num_queries 8", "--num_queries 8 pays for no prompt"),
-        ("pilaf --dataset README.md", "README.md: not a json, jsonl, csv or parquet file"),
-        ("sea --temperature 1e-4", "20 rounds"),  # in mid-run, not garbled by the progress bar
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("command, said", [
+    ("pilaf --labels often", "--labels"), ("sea --seed 0.5", "--seed"),
+    ("pilaf --bet 1", "--bet"), ("selm stray", "stray"),
+    ("sea --device abacus", "--device abacus: "), ("pilaf --device cud", "--device cud: "),
+    ("pilaf --resume", "holds no run"),
+    ("selm --resume --overwrite", "--resume excludes --overwrite"),
+    ("selm --resume elsewhere", "--resume names another folder than --output_dir"),
+    ("pilaf --sampler best_of_n_oracle --num_candidates 13", "a prompt takes 13 labels"),
+    ("pilaf --num_iterations 9 --num_queries 8", "--num_queries 8 pays for no prompt"),
+    ("pilaf --dataset README.md", "README.md: not a json, jsonl, csv or parquet file"),
+    ("sea --temperature 1e-4", "20 rounds"),  # in mid-run, not garbled by the progress bar
+])  # fmt: skip
 def test_a_command_that_cannot_be_meant_or_collapses_says_so_in_a_line(command, said, refused):
     assert said in refused(*command.split())
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "sea --gamma 1.5", "sea --explore passive --gamma .7", "sea --explore apl --gamma .7",
-        "sea --num_candidates 1", "sea --explore apl --num_candidates 1", "sea --num_heads 1",
-        "sea --explore passive --num_candidates 3", "sea --explore passive --num_heads 2",
-        "sea --explore apl --best_of_n 2 --num_heads 0", "sea --num_heads 0",
-        "sea --explore apl --loss ipo", "selm --bonus none --alpha 1e-3",
-        "selm --bonus xpo --ranker_candidates 0", "selm --bonus xpo --ranker_candidates 2",
-        "selm --learning_rate_factors 1 .5", "selm --learning_rate_factors 1 nan 1",
-        "selm --num_iterations 4 --learning_rate_factors 1 .6 .2",
-        "selm --learning_rate_factors -1 1 1",  # goes up the loss
-        "pilaf --beta 1.5", "pilaf --sampler_beta 2", "pilaf --sampler vanilla --sampler_beta .2",
-        "pilaf --sampler best_of_n --num_candidates 1", "pilaf --num_candidates 3",
-        "pilaf --sampler vanilla --num_candidates 8", "pilaf --num_epochs 2",
-        "pilaf --sampler hybrid --importance_weights",
-        "pilaf --importance_weights --temperature .7",
-        "pilaf --importance_weights --sampler_beta .2",
-        "pilaf --num_iterations 2 --num_queries 16 --num_epochs 2 --warmup_steps 4",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("command", [
+    "sea --gamma 1.5", "sea --explore passive --gamma .7", "sea --explore apl --gamma .7",
+    "sea --num_candidates 1", "sea --explore apl --num_candidates 1", "sea --num_heads 1",
+    "sea --explore passive --num_candidates 3", "sea --explore passive --num_heads 2",
+    "sea --explore apl --best_of_n 2 --num_heads 0", "sea --num_heads 0",
+    "sea --explore apl --loss ipo", "selm --bonus none --alpha 1e-3",
+    "selm --bonus xpo --ranker_candidates 0", "selm --bonus xpo --ranker_candidates 2",
+    "selm --learning_rate_factors 1 .5", "selm --learning_rate_factors 1 nan 1",
+    "selm --num_iterations 4 --learning_rate_factors 1 .6 .2",
+    "selm --learning_rate_factors -1 1 1",  # goes up the loss
+    "pilaf --beta 1.5", "pilaf --sampler_beta 2", "pilaf --sampler vanilla --sampler_beta .2",
+    "pilaf --sampler best_of_n --num_candidates 1", "pilaf --num_candidates 3",
+    "pilaf --sampler vanilla --num_candidates 8", "pilaf --num_epochs 2",
+    "pilaf --sampler hybrid --importance_weights",
+    "pilaf --importance_weights --temperature .7",
+    "pilaf --importance_weights --sampler_beta .2",
+    "pilaf --num_iterations 2 --num_queries 16 --num_epochs 2 --warmup_steps 4",
+])  # fmt: skip
 def test_flags_that_contradict_each_other_are_refused_by_the_name_of_the_last(command, refused):
     last = [word for word in command.split() if word.startswith("--")][-1]
     assert last in refused(*command.split())

@@ -254,16 +254,13 @@ def plain_mixture(models, prompt: list[int], c: float, uniforms: Tensor, tempera
     return response, total
 
 
-@pytest.mark.parametrize(
-    "sampler, c, flags, streams, passes",
-    [
-        ("pilaf", (0.6, -0.6), dict(sampler_beta=0.6), None, 0),
-        ("pilaf", (0.1, -0.1), dict(temperature=0.7), None, 0),
-        ("vanilla", (0, 0), {}, 2, 0), ("hybrid", (0, -1), {}, 2, 0),
-        ("best_of_n", (0, 0, 0), dict(num_candidates=3), 3, 6),
-        ("best_of_n_oracle", (0, 0, 0), dict(num_candidates=3), 3, 0),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("sampler, c, flags, streams, passes", [
+    ("pilaf", (0.6, -0.6), dict(sampler_beta=0.6), None, 0),
+    ("pilaf", (0.1, -0.1), dict(temperature=0.7), None, 0),
+    ("vanilla", (0, 0), {}, 2, 0), ("hybrid", (0, -1), {}, 2, 0),
+    ("best_of_n", (0, 0, 0), dict(num_candidates=3), 3, 6),
+    ("best_of_n_oracle", (0, 0, 0), dict(num_candidates=3), 3, 0),
+])  # fmt: skip
 @pytest.mark.parametrize("seed, number", [(0, 3), (5, 2)])
 def test_samples_weights_and_costs_are_those_of_uncached_loops(
     ending, sampler, c, flags, streams, passes, seed, number
@@ -367,15 +364,12 @@ def run_and_replay(flags: dict, sizes: list[int], **more) -> tuple[list, list, l
     return rows(folder / "metrics.jsonl"), rows(folder / "preferences.jsonl"), batches
 
 
-@pytest.mark.parametrize(
-    "more, sizes, steps, num_initial",
-    [
-        ({}, [4, 4, 4], [0, 1, 2, 3], 1),
-        (dict(num_iterations=2, num_epochs=3, eval_every=99, num_queries=13),
-         [4, 2, 4, 2], [0, 6, 12], 2),
-        (dict(sampler="best_of_n_oracle", num_candidates=4, num_queries=23), [4, 1], [0, 1, 2], 1),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("more, sizes, steps, num_initial", [
+    ({}, [4, 4, 4], [0, 1, 2, 3], 1),
+    (dict(num_iterations=2, num_epochs=3, eval_every=99, num_queries=13),
+     [4, 2, 4, 2], [0, 6, 12], 2),
+    (dict(sampler="best_of_n_oracle", num_candidates=4, num_queries=23), [4, 1], [0, 1, 2], 1),
+])  # fmt: skip
 def test_training_waits_for_the_iterations_last_pair(flags, more, sizes, steps, num_initial):
     metrics, pairs, batches = run_and_replay(flags | dict(learning_rate=0.01), sizes, **more)
     assert [row["gradient_steps"] for row in metrics] == steps
