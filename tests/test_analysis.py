@@ -101,10 +101,8 @@ def test_the_p_value_of_two_arms_is_that_of_students_t_test():
     p = analysis.p_value(one.mean() - other.mean(), *analysis.pooled(arms, "gold"))
     assert p == pytest.approx(stats.ttest_ind(one, other).pvalue)
     arms = {"bai": runs_of(one, 9 + other), "passive": runs_of(other, 5 * one)}
-    own = [
-        stats.ttest_ind(*pair, equal_var=False).pvalue
-        for pair in ((one, other), (other + 9, 5 * one))
-    ]
+    pairs = (one, other), (other + 9, 5 * one)
+    own = [stats.ttest_ind(*pair, equal_var=False).pvalue for pair in pairs]
     assert analysis.verdicts(arms)[0]["welch"] == pytest.approx(min(1, 12 * max(own)))
 
 
