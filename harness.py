@@ -324,7 +324,7 @@ class Oracle:
     block_size = 1  # questions scored at once: what comes one by one is kept one by one
 
     def __init__(self, config: Config) -> None:
-        self.config, self.queries, self.num_lines, self.path = config, 0, 0, os.devnull
+        self.config, self.queries, self.num_lines, self.path = config, 0, 0, Path(os.devnull)
         self.bought = defaultdict(list)  # (prompt, *texts) -> answers that were not used yet
 
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor | None:
@@ -346,7 +346,7 @@ class Oracle:
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         lines = text.split("\n")[:-1]  # a crash may have cut the last one
         rewrite(path, "".join(line + "\n" for line in lines))
-        self.path = path if is_first() else os.devnull
+        self.path = path if is_first() else Path(os.devnull)
         self.queries, self.num_lines = queries, len(lines)
         self.bought.clear()
         for row in [*unused, *map(json.loads, lines[num_lines:])]:
