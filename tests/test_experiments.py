@@ -11,6 +11,7 @@ import common
 import harness
 import sea
 
+import analysis
 import experiments
 import my_rule
 import own_rules
@@ -30,16 +31,24 @@ def test_every_arm_of_the_grid_is_taken_by_the_real_parser(monkeypatch, arm):
     assert (config.labels, config.seed, config.eval_prompts) == ("argmax", 1, 1000)
 
 
-def test_results_have_the_seeds_of_the_protocol_and_the_rate_that_was_chosen_on_others():
-    seeds = {"rates": range(100, 103), "claims": range(8), "backbones": range(5), "open": range(5)}
+def test_results_are_the_runs_of_the_protocol_at_the_rates_of_the_search():
+    arms = [arm for arm in experiments.EVERY if arm != "ee-only"]  # in no claim, and not run
     collapsed = {("bai-reference", "bernoulli", 6e-4, 102)}
-    for name, wanted in seeds.items():
+    for name in ("rates", "claims", "backbones", "open"):
         table = rows(experiments.RESULTS / f"{name}.jsonl")
         found = {(row["arm"], row["labels"], row["rate"], row["seed"]) for row in table}
-        whole = {(*arm, seed) for *arm, _ in found for seed in wanted}
-        assert found == whole - collapsed, name
-        rates = {(arm, rate) for arm, _, rate, _ in found}
-        assert name == "rates" or rates == {(arm, experiments.rate_of(arm)) for arm, _ in rates}
+        assert found == {*experiments.jobs_of(name, arms, None)} - collapsed, name
+
+
+def test_a_rate_at_which_a_run_collapsed_is_not_taken(monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    ends = [(1, 100, 9), (2, 100, 1), (2, 101, 3), (3, 100, 1), (3, 101, 2)]
+    known = dict(arm="bai", labels="argmax")
+    table = [known | dict(rate=rate, seed=seed, objective=end) for rate, seed, end in ends]
+    (tmp_path / "rates.jsonl").write_text(harness.to_lines(table))
+    assert experiments.rate_of("bai") == 2
+    found = analysis.rate_table(analysis.load("rates", "argmax", tmp_path))
+    assert "| bai | (9.000) | 2.000 | 1.500 |" in found
 
 
 @pytest.mark.slow

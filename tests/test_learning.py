@@ -7,11 +7,8 @@ import pytest
 from conftest import ROOT, rows
 from test_run import SCRIPTS
 
-RUNS = {
-    "sea": dict(num_queries=512),
-    "selm": dict(num_queries=1536, learning_rate_factors=[1.0] * 3),
-    "pilaf": dict(num_queries=1280),
-}
+RUNS = {"sea": dict(num_queries=512), "pilaf": dict(num_queries=1280)}
+RUNS["selm"] = dict(num_queries=1536, learning_rate_factors=[1.0] * 3)
 
 
 @pytest.mark.slow

@@ -41,10 +41,9 @@ def test_a_file_of_each_kind_is_read_and_its_last_rows_are_held_out(kind, flags,
         load(flags, dataset=write(tmp_path / "one.jsonl", [{"prompt": "cat"}]))
 
 
-@pytest.mark.parametrize(
-    "splits, used",
-    [("train validation test", "test"), ("train dev", "dev"), ("validation test", "test")],
-)
+@pytest.mark.parametrize("splits, used", [
+    ("train validation test", "test"), ("train dev", "dev"), ("validation test", "test"),
+])  # fmt: skip
 def test_the_test_split_of_a_folder_is_held_out_else_validation(splits, used, flags, tmp_path):
     for name in splits.split():
         write(tmp_path / f"{name}.jsonl", [{"prompt": f"{name} cat {i}"} for i in range(8)])

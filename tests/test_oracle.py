@@ -155,10 +155,9 @@ def test_a_block_that_was_bought_in_part_is_scored_whole_again(flags, tmp_path):
     assert sizes == [4, 4, 4]
 
 
-@pytest.mark.parametrize(
-    "template, start, end",
-    [(None, "<|start|>Why?", ""), (TEMPLATE, "<|start|><user>Why?</><assistant>", "</>")],
-)
+@pytest.mark.parametrize("template, start, end", [
+    (None, "<|start|>Why?", ""), (TEMPLATE, "<|start|><user>Why?</><assistant>", "</>"),
+])  # fmt: skip
 @pytest.mark.parametrize("size", [1, 3, 64])
 def test_a_score_is_one_unbatched_forward_of_a_text_with_one_bos(
     template, start, end, size, flags, tmp_path

@@ -8,11 +8,8 @@ import pytest
 from conftest import ROOT, rows
 
 BACKBONE = ["--erm_backbone", "reference"]
-ARMS = {
-    "sea": ["--burn_in", "4", "--num_candidates", "4", "--num_heads", "3", *BACKBONE],
-    "selm": ["--num_iterations", "2", "--num_queries", "36"],
-    "pilaf": ["--importance_weights"],
-}
+ARMS = {"selm": ["--num_iterations", "2", "--num_queries", "36"], "pilaf": ["--importance_weights"]}
+ARMS["sea"] = ["--burn_in", "4", "--num_candidates", "4", "--num_heads", "3", *BACKBONE]
 
 
 def words(flags: dict) -> list[str]:
