@@ -166,13 +166,21 @@ def machine(device: str) -> str:
 
 
 def collect(runs: Path, stage: str) -> None:
-    """Write results/STAGE.jsonl: its rows, and in the place of old ones those of finished runs."""
-    path = RESULTS / f"{stage}.jsonl"
-    old = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    new = [json.loads(found.read_text()) for found in (runs / stage).glob("*/rows.json")]
-    rows = {tuple(row[key] for key in KEYS): row for row in sum(new, old)}
+    """Write results/STAGE.jsonl: its rows, and in the place of older runs the newest finished ones,
+    also where the search has changed an arm's rate since."""
+
+    def run_of(row: dict) -> tuple:
+        return tuple(row[key] for key in KEYS[:-1] if key != "rate" or stage == "rates")
+
+    path, known = RESULTS / f"{stage}.jsonl", defaultdict(list)  # run -> its rows
+    for line in path.read_text().splitlines() if path.exists() else ():
+        known[run_of(json.loads(line))].append(json.loads(line))
+    for found in sorted((runs / stage).glob("*/rows.json"), key=lambda p: p.stat().st_mtime):
+        rows = json.loads(found.read_text())
+        known[run_of(rows[0])] = rows
+    rows = sorted(sum(known.values(), []), key=lambda row: [row[key] for key in KEYS])
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def simulate(device: str) -> None:

@@ -30,12 +30,10 @@ def make_tokenizer() -> transformers.PreTrainedTokenizerFast:
         vocab_size=300, special_tokens=["<|endoftext|>", "<|start|>"], initial_alphabet=alphabet
     )
     tokenizer.train_from_iterator([TEXT], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|start|> $A", special_tokens=[("<|start|>", 1)]
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<|start|>"
-    )
+    start = dict(single="<|start|> $A", special_tokens=[("<|start|>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(**start)
+    tokens = dict(eos_token="<|endoftext|>", bos_token="<|start|>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokens)
 
 
 def make_model(auto_class, family: str, seed: int, **options) -> torch.nn.Module:

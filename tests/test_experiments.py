@@ -55,12 +55,14 @@ def test_a_rate_at_which_a_run_collapsed_is_not_taken(monkeypatch, tmp_path):
 def test_a_run_is_done_once_from_its_start_and_its_rows_are_collected(monkeypatch, tmp_path):
     few = "--num_queries 6 --eval_prompts 4 --max_new_tokens 6 --warmup_steps 0"
     monkeypatch.setattr(experiments, "SHARED", few)
-    monkeypatch.setattr(experiments, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(experiments, "RESULTS", tmp_path)
+    stale = dict(arm="pilaf", labels="argmax", rate=6e-4, seed=0, queries=3)  # of another search
+    (tmp_path / "claims.jsonl").write_text(harness.to_lines([stale]))
     experiments.make_start(tmp_path, "argmax", 0, "cpu")
     for _ in range(2):
         experiments.run(tmp_path, "claims", ("pilaf", "argmax", 3e-4, 0), "cpu")
         experiments.collect(tmp_path, "claims")
-        found = rows(tmp_path / "results" / "claims.jsonl")
+        found = rows(tmp_path / "claims.jsonl")
         assert [(row["arm"], row["queries"]) for row in found] == [("pilaf", 0), ("pilaf", 6)]
     own = rows(tmp_path / "claims" / "pilaf-argmax-0.0003-0" / "metrics.jsonl")
     assert own[-1].items() <= found[-1].items() and found[0]["seconds"] == found[1]["seconds"]
@@ -74,8 +76,8 @@ def test_a_run_that_fails_is_named_and_stops_no_other(tmp_path):
         (folder / "config.json").write_text("{}")
     code = "import sys, experiments as e, pathlib; e.RESULTS = pathlib.Path(sys.argv[-1]); e.main()"
     words = "--stage rates --arms passive --seeds 100 --jobs 1 --runs".split()
-    command, options = [sys.executable, "-c", code, *words, str(tmp_path)], dict(text=True)
-    done = subprocess.run(command, cwd=ROOT / "notebooks", capture_output=True, **options)
+    command = [sys.executable, "-c", code, *words, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT / "notebooks", capture_output=True, text=True)
     assert done.stdout.count("holds no run") == 3 and "3 runs failed" in done.stderr
 
 

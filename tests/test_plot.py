@@ -25,8 +25,7 @@ def test_runs_that_differ_in_the_seed_alone_are_an_arm_and_points_are_evaluation
     other = write_run(tmp_path / "other", 1, [0.5, 0.6], beta=0.2)
     again = write_run(tmp_path / "again", 1, [0.5, 0.6], beta=0.2)  # the same seed: no second one
     arms = plot.grouped([one, two, other, again])
-    counts = {label: len(runs) for label, (_, runs) in arms.items()}
-    assert counts == {"a": 2, "other": 1, "again": 1}
+    assert {arm: len(runs) for arm, (_, runs) in arms.items()} == {"a": 2, "other": 1, "again": 1}
     own = write_run(tmp_path / "my_rule-bai-1", 1, [0.5, 0.6])  # another script, the same flags
     assert [arm for arm, _ in plot.grouped([own, other]).values()] == ["my_rule-bai", "sea-bai"]
     x, y, error = drawing.points(arms["a"][1], "win_rate")

@@ -34,9 +34,10 @@ def test_two_processes_give_the_metrics_and_pairs_of_one(script, micro_batch_siz
         own = flags | {"output_dir": str(tmp_path / str(num))}
         done = launch(f"{script}.py", words(own) + ARMS[script], num)
         assert done.returncode == 0, done.stderr
-        outcomes += [rows(tmp_path / str(num) / f"{x}.jsonl") for x in ("metrics", "preferences")]
-    alone, pairs, together, same_pairs = outcomes
-    assert len(pairs) > 4 and pairs == same_pairs
+        names = ("metrics", "preferences", "labels")
+        outcomes += [rows(tmp_path / str(num) / f"{name}.jsonl") for name in names]
+    alone, pairs, answers, together, same_pairs, same_answers = outcomes
+    assert len(pairs) > 4 and pairs == same_pairs and len(answers) == len(same_answers)
     assert len(alone) == len(together) > 1
     for one, two in zip(alone, together):
         assert two == pytest.approx(one, abs=1e-4)
