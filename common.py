@@ -74,7 +74,7 @@ def in_parts(function: Callable[[Tensor], Any], count: int, size: int) -> Any:
     return torch.cat(results)
 
 
-# ---------------------------------------------------------------- B prompts x N responses
+# ---------------- B prompts x N responses
 
 
 @dataclass
@@ -148,7 +148,7 @@ def widest_pair(rewards: Tensor, is_distinct: Tensor) -> tuple[Tensor, Tensor]:
     return best, rewards.masked_fill(~others, math.inf).argmin(-1)
 
 
-# ---------------------------------------------------------------- the packed row
+# ---------------- the packed row
 
 
 def pack(values: Tensor, mask: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-# ---------------------------------------------------------------- log-probabilities
+# ---------------- log-probabilities
 
 
 def token_logps(model: nn.Module, batch: Batch) -> Tensor:
@@ -260,7 +260,7 @@ def frozen_logps(model: nn.Module, batch: Batch, config: Any) -> Tensor:
     return in_parts(lambda rows: response_logps(model, batch.select(rows)).cpu(), len(batch), size)
 
 
-# ---------------------------------------------------------------- generation
+# ---------------- generation
 
 
 class Cache(transformers.DynamicCache):
@@ -371,7 +371,7 @@ def respond(
     return with_responses(prompts, ids, mask, tokenizer)
 
 
-# ---------------------------------------------------------------- losses
+# ---------------- losses
 
 
 def margin(logps: Tensor, ref_logps: Tensor) -> Tensor:
@@ -400,7 +400,7 @@ def slic(logps: Tensor, ref_logps: Tensor, beta: float) -> Tensor:
     return F.relu(1 - beta * margin(logps, ref_logps))
 
 
-# ---------------------------------------------------------------- one step of the optimiser
+# ---------------- one step of the optimiser
 
 
 def start_optimizer(policy: nn.Module, config: Any) -> torch.optim.AdamW:

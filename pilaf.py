@@ -1,10 +1,10 @@
 """PILAF: policy-interpolated sampling for preference feedback, arXiv:2502.04270v1.
 
-DPO's pairs are usually two samples of the current policy. The gradient of its loss then is not that
-of what is wanted, reward minus beta times KL: each pair carries a factor sigma'(gap) of implicit
-rewards. Sampling pairs in proportion to 1 / sigma' would remove it. PILAF nearly does: half of the
-pairs as before, half with one response of the policy pushed away from the reference (optimism) and
-one of the policy pulled towards it. Algorithm 1 of the paper, each round:
+With two samples of the policy as its pair, the gradient of DPO's loss is not that of what is
+wanted, reward minus beta times KL: each pair carries a factor sigma'(gap) of implicit rewards.
+Sampling pairs in proportion to 1 / sigma' would remove it. PILAF nearly does: half of the pairs as
+before, half with one response of the policy pushed away from the reference (optimism) and one
+pulled towards it. Algorithm 1 of the paper, each round:
 
   1. receive B `prompts`
   2. toss a fair coin for each: c = (0, 0), or c = (+beta, -beta) for its two responses
@@ -15,23 +15,21 @@ one of the policy pulled towards it. Algorithm 1 of the paper, each round:
 --sampler has the paper's baselines. A pair costs decoder streams (forward passes a token), scoring
 passes (not in the paper's table) and responses that the oracle reads:
 
-  pilaf             as above                                                    3, 0, 2 on average
-  vanilla           two samples of the policy                                   2, 0, 2
-  best_of_n         of N: largest and smallest implicit reward, then a label    N, 2N, 2
-  best_of_n_oracle  of N: largest and smallest oracle score, no label           N, 0, N (counted)
-  hybrid            one sample of the policy, one of the reference              2, 0, 2
+  pilaf             as above                                    3, 0, 2 on average
+  vanilla           two samples of the policy                   2, 0, 2
+  best_of_n         of N, largest and smallest implicit reward  N, 2N, 2
+  best_of_n_oracle  of N, largest and smallest oracle score     N, 0, N (counted)
+  hybrid            a sample of each, policy and reference      2, 0, 2
 
 The coin's 1/2 and the token-wise products are approximations. --importance_weights makes the
-gradient that of exact T-PILAF; a large beta or KL makes the weights uneven (see
-effective_sample_size). The theory needs --labels bernoulli.
+gradient that of exact T-PILAF; see effective_sample_size. The theory needs --labels bernoulli.
 
-While policy = reference, pilaf *is* vanilla, so compare samplers from a start that has moved (with
-another seed, to see other prompts) and the reference where it was:
+While policy = reference, pilaf *is* vanilla: compare from a start that has moved, on another seed:
   python pilaf.py --sampler vanilla --num_queries 1024 --num_iterations 1 --output_dir runs/start
   python pilaf.py --seed 1 --model runs/start/model --ref_model ./tiny/sft
 
-No code of the authors was found. Not known, hence our choice: learning rate, batch, response
-length, temperature, KL estimator, label rule, how their start was overfitted, what an iteration is.
+No code of the authors was found. Our choice: learning rate, batch, response length, temperature,
+KL estimator, label rule, how a start is overfitted, what an iteration is.
 
     python pilaf.py      # 1 to 2 minutes on two CPU cores, offline; GPUs: README.md
 
@@ -87,19 +85,18 @@ class Config(harness.Config):
         require(self.num_epochs == 1 or self.num_iterations, "--num_epochs needs --num_iterations")
 
 
-# ---------------------------------------------------------------- the interpolation
+# ---------------- the interpolation
 
 
 def coefficients(num_prompts: int, beta: float, rng: torch.Generator) -> Tensor:
-    """Step 2: c of each prompt's two responses, (0, 0) or (+beta, -beta) by a fair coin, (B, 2)."""
+    """Step 2: c of two responses a prompt, (0, 0) or (+beta, -beta) by a fair coin, (B, 2)."""
     is_interpolated = torch.rand(num_prompts, generator=rng) < 0.5
     return is_interpolated[:, None] * torch.tensor([beta, -beta])
 
 
 def interpolate(logits: Tensor, ref_logits: Tensor, c: Tensor) -> Tensor:
     """Step 3: logits of pi^(1 + c) * pi_ref^(-c): (B, N, V), (B, N) -> (B, N, V). c = 0 is the
-    policy, -1 the reference. Temperature comes later, and so must a mask: -inf - -inf is no number.
-    """
+    policy, -1 the reference. Temperature comes later, and so must a mask: inf - inf is NaN."""
     c = c[..., None]  # (B, N, 1)
     return (1 + c) * logits - c * ref_logits
 
@@ -142,7 +139,7 @@ class InterpolatedDecoder:
         return logits
 
 
-# ---------------------------------------------------------------- samplers
+# ---------------- samplers
 
 
 def sample(
@@ -152,22 +149,24 @@ def sample(
     rng, num = generator(config.seed, "round", number), config.num_candidates
     counts.add_samples(len(prompts) * num)
     if config.sampler == "pilaf":
-        c = coefficients(len(prompts), config.sampler_beta, generator(config.seed, "coins", number))
-        counts.decoder_streams += int((c != 0).sum())  # the reference's, beside the policy's
+        coins = generator(config.seed, "coins", number)
+        c = coefficients(len(prompts), config.sampler_beta, coins)
+        counts.decoder_streams += int((c != 0).sum())  # beside the policy's
         batch = interpolated_pairs(config, task, prompts, c, rng)
         counts.weight_sum += sum(batch.columns["weight"])
         counts.weight_squares += sum(weight**2 for weight in batch.columns["weight"])
         return batch
     if config.sampler == "hybrid":
         options = (task.tokenizer, prompts, 1, rng, config)
-        return common.beside([respond(model, *options) for model in (task.policy, task.ref_model)])
+        models = (task.policy, task.ref_model)
+        return common.beside([respond(model, *options) for model in models])
     return respond(task.policy, task.tokenizer, prompts, num, rng, config)
 
 
 def interpolated_pairs(
     config: Config, task: harness.Task, prompts: Batch, c: Tensor, rng: torch.Generator
 ) -> Batch:
-    """Two responses a prompt with coefficients c (B, 2); the column "weight" has `pair_weights`."""
+    """Two responses a prompt, c (B, 2); the column "weight" has their `pair_weights`."""
     uniforms = torch.rand(len(prompts), 2, config.max_new_tokens, generator=rng)
     policy, eos = task.policy, common.eos_ids(task.policy, task.tokenizer)
 
@@ -198,19 +197,20 @@ def label(config: Config, task: harness.Task, batch: Batch) -> tuple[Batch, dict
         order, online = torch.stack(common.widest_pair(rewards, is_distinct), dim=1), {}
     else:
         if config.sampler == "best_of_n":
-            logps = [frozen_logps(model, batch, config) for model in (task.policy, task.ref_model)]
-            picks = common.widest_pair(config.beta * (logps[0] - logps[1]), is_distinct)
+            models = (task.policy, task.ref_model)
+            logps, ref_logps = (frozen_logps(model, batch, config) for model in models)
+            picks = common.widest_pair(config.beta * (logps - ref_logps), is_distinct)
             batch = batch.select(torch.arange(len(batch)), torch.stack(picks, dim=1))
         order, online = task.oracle.label(batch)  # (n, 2)
     return batch.select(torch.arange(len(batch)), order), online
 
 
-# ---------------------------------------------------------------- Algorithm 1
+# ---------------- Algorithm 1
 
 
 @dataclass
 class Counts(harness.Counts):
-    weight_sum: float = 0.0  # of the `pair_weights` of all pairs that were sampled
+    weight_sum: float = 0.0  # of all sampled pairs' `pair_weights`
     weight_squares: float = 0.0  # the sum of their squares
 
     def metrics(self, config: Config) -> dict[str, float]:
@@ -278,7 +278,7 @@ def train(config: Config, oracle: harness.Oracle | None = None) -> harness.Run:
         pairs, online = label(config, task, batch)
         run.record(online)
         run.keep(pairs)
-        # 5. Train the policy on the round's pairs, or on an iteration's once it is complete.
+        # 5. Train on the round's pairs, or on an iteration's once it is complete.
         pairs.ref_logps = frozen_logps(task.ref_model, pairs, config)  # (n, 2), once
         run.replay.append(pairs)
         if step == rounds_per_iteration - 1:

@@ -94,7 +94,7 @@ class Config(harness.Config):
         require(self.loss == "dpo" or self.explore != "apl", "--loss" + wrong)
 
 
-# ---------------------------------------------------------------- the epistemic reward model
+# ---------------- the epistemic reward model
 
 
 class EpistemicRewardModel(nn.Module):
@@ -198,7 +198,7 @@ def read_features(backbone: nn.Module, batch: Batch, config: Config) -> Tensor:
     return common.in_parts(features, len(batch), config.micro_batch_size)
 
 
-# ---------------------------------------------------------------- which pair to compare
+# ---------------- which pair to compare
 
 
 def thompson_first(rewards: Tensor, heads: Tensor, is_distinct: Tensor) -> Tensor:
@@ -302,7 +302,7 @@ def best_of_n_metrics(
     return {f"best_of_n_{name}": value for name, value in metrics.items()}
 
 
-# ---------------------------------------------------------------- Algorithm 2
+# ---------------- Algorithm 2
 
 
 def load_ensemble(

@@ -1,19 +1,19 @@
 """SELM: self-exploring language models, arXiv:2405.19332v3, beside iterative DPO and XPO.
 
-DPO learns from pairs that somebody thought of sampling. SELM adds optimism to its loss: a term that
-lowers the likelihood of a response y of the reference, so that mass moves away from what the model
-says anyway, to responses whose reward is not known yet. In expectation the term is
--alpha * beta * KL(reference || policy). Algorithm 1 of the paper, iteration t of --num_iterations:
+DPO learns from pairs that somebody thought of sampling. SELM adds optimism to its loss: a term
+that lowers the likelihood of a response y of the reference, so that mass moves away from what the
+model says anyway, to responses whose reward is not known yet. In expectation the term is
+-alpha * beta * KL(reference || policy). Algorithm 1, iteration t of --num_iterations:
 
-  1. the reference becomes the current policy (`snapshot`), the prompts are slice t of the data set
+  1. the reference becomes the policy (`snapshot`), the prompts are slice t of the data set
   2. draw one response y a prompt from the reference
   3. rank y and the data set's two responses; the best is `chosen`, the worst `rejected`
   4. one epoch of  DPO(chosen, rejected) + alpha * beta * (log pi(y) - log pi_ref(y)),  minimised
 
---bonus none is iterative DPO: alpha 0, the same code, no third sequence. --bonus xpo
-(arXiv:2405.21046): y from the policy at the iteration's start against y~ from the frozen reference,
-labelled; alpha * log pi(y~) without beta; pairs accumulate: a round adds as many old pairs a past
-iteration as it has new ones.
+--bonus none is iterative DPO: alpha 0, the same code, no third sequence.
+--bonus xpo (arXiv:2405.21046): y from the policy at the iteration's start against y~ from the
+frozen reference, labelled; alpha * log pi(y~) without beta; pairs accumulate: a round adds as many
+old pairs a past iteration as it has new ones.
 
 Where the paper (P) and its released code (C) differ, and what is done here:
   coefficient    P alpha * beta (Eq. 4.2), but alpha alone in Algorithm 1; C, here alpha * beta
@@ -23,9 +23,12 @@ Where the paper (P) and its released code (C) differ, and what is done here:
   when y comes   P, C before the iteration; here round by round, from the same frozen model
   which y        P, C, here y wherever it ranks, as a third sequence beside chosen and rejected
   theory         P accumulates pairs, from policy and reference; not in C; here --bonus xpo
-Differences from both: the oracle ranks, not PairRM, with noise unless --labels argmax; n texts cost
-ceil(3 n / 2) - 2 labels; beta 0.1, not 0.01; a constant rate after each warm-up, not a cosine; no
-offline DPO first (Zephyr's recipe). XPO's alpha and schedule are unconfirmed, ours a choice.
+Differences from both:
+  1. the oracle ranks, not PairRM, with noise unless --labels argmax
+  2. n texts cost ceil(3 n / 2) - 2 labels
+  3. beta 0.1, not 0.01; a constant rate after each warm-up, not a cosine
+  4. no offline DPO first (Zephyr's recipe)
+XPO's alpha and schedule are unconfirmed, ours a choice.
 
     python selm.py      # 1 to 2 minutes on two CPU cores, offline; GPUs: README.md
 
@@ -85,7 +88,7 @@ class Config(harness.Config):
         require(all(0 < factor < math.inf for factor in self.learning_rate_factors), wrong)
 
 
-# ---------------------------------------------------------------- the loss
+# ---------------- the loss
 
 
 def bonus_loss(
@@ -111,7 +114,7 @@ def pair_loss(config: Config, logps: Tensor, ref_logps: Tensor, part: Batch) -> 
     return loss + bonus_loss(logps[:, 2], ref_logps[:, 2], *scales)
 
 
-# ---------------------------------------------------------------- candidates and their ranking
+# ---------------- candidates and their ranking
 
 
 def comparisons(num_texts: int) -> int:
@@ -205,7 +208,7 @@ def xpo_pairs(
     return batch, rows, torch.cat([order, torch.ones(len(rows), 1).long()], dim=1)
 
 
-# ---------------------------------------------------------------- Algorithm 1
+# ---------------- Algorithm 1
 
 
 def plan(config: Config, prompts: Batch) -> tuple[int, int]:
