@@ -1,7 +1,6 @@
 """The plumbing that SEA, SELM and PILAF share. A reader of a paper may skip this file.
 
-In the order in which a run needs it: flags, models, prompts, the oracle, evaluation, the folder of
-the run, the command line. Shapes: B prompts, N responses a prompt; common.py has the others.
+Shapes: B prompts, N responses a prompt; common.py has the others.
 """
 
 import argparse
@@ -13,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import traceback
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import version
@@ -22,36 +20,37 @@ from typing import Any, Literal, get_args, get_origin
 
 import common
 from common import Batch, UserError, frozen_logps, generator, in_parts, require
+from tiny.gold import gold_score
 
 import torch
 import transformers
 from torch import Tensor, distributed, nn
 from tqdm import tqdm
 
-# ---------------------------------------------------------------- flags
+# ---------------- flags
 
 
 def flag(default: Any, help: str, **options: Any) -> Any:
-    """A field of `Config`, which `transformers.HfArgumentParser` makes a command-line flag."""
+    """A field of `Config`, of which `HfArgumentParser` makes a command-line flag."""
     help += "" if default is None else " (default: %(default)s)"
     return field(default=default, metadata={"help": help, **options})
 
 
 @dataclass
 class Config:
-    """The flags that all scripts share; a script adds its own and may override defaults."""
+    """The flags that all scripts share; a script adds its own."""
 
     model: str = flag("./tiny/sft", "policy at the start: a folder or a hub id")
-    ref_model: str | None = flag(None, "reference model, which is never trained (as --model)")
-    dataset: str = flag("./tiny", "prompts: a folder, a json, jsonl, csv or parquet file, a hub id")
+    ref_model: str | None = flag(None, "the frozen reference (as --model)")
+    dataset: str = flag("./tiny", "prompts: a folder, a file or a hub id")
     reward_model: str = flag("./tiny/reward_model", "the oracle: a folder or a hub id")
     output_dir: str | None = flag(None, "folder of the run (runs/SCRIPT-ARM-CHANGED_FLAGS-SEED)")
     seed: int = flag(0, "of every random stream")
     num_queries: int | None = flag(None, "labels to ask of the oracle, at most (2048)")
     batch_size: int = flag(16, "prompts a round (SEA: 128; SELM: 128 or 256)")
-    max_prompt_length: int = flag(128, "tokens; longer prompts are dropped, with a count")
+    max_prompt_length: int = flag(128, "tokens; longer prompts are dropped")
     max_new_tokens: int = flag(28, "tokens of a response, EOS included")
-    temperature: float = flag(1.0, "of sampling, applied after any combination of logits")
+    temperature: float = flag(1.0, "of sampling")
     beta: float = flag(0.1, "strength of the KL penalty")
     learning_rate: float = flag(3e-4, "of AdamW, constant after warm-up (SEA, SELM: 5e-7)")
     warmup_steps: int = flag(5, "gradient steps of linear warm-up")
@@ -64,24 +63,25 @@ class Config:
     micro_batch_size: int | None = flag(None, "prompts a forward pass (8; SELM 4; CPU 64)")
     gradient_checkpointing: bool = flag(False, "less memory, more time")
     prompt_column: str = flag("prompt", "of the data set")
-    reference_column: str | None = flag(None, "a response to compare with (reference, if there)")
-    resume: str | None = flag(None, "continue this folder, or --output_dir", nargs="?", const="")
+    reference_column: str | None = flag(None, "to compare responses with (reference, if there)")
+    resume: str | None = flag(None, "continue this folder or --output_dir", nargs="?", const="")
     overwrite: bool = flag(False, "delete the run in --output_dir first")
     debug: bool = flag(False, "show tracebacks")
-    # --num_queries when the run began: a raised budget does not change an iteration's length.
+    # --num_queries at the start: raising it does not change an iteration's length.
     planned_queries: int | None = field(default=None, init=False)
 
-    script, arm = "run", "labels"  # the default folder is named after the script and this flag
+    script, arm = "run", "labels"  # the default folder's first words
     gpu_micro_batch_size = 8  # Pythia-410m at TL;DR's lengths fits into 16 GB
-    may_be_zero = ("seed", "learning_rate", "warmup_steps")  # every other number is above 0
-    shown = ("win_rate", "reward", "kl", "objective", "gold")  # of the metrics, on the screen
+    may_be_zero = ("seed", "learning_rate", "warmup_steps")  # all others are above 0
+    shown = ("win_rate", "reward", "kl", "objective", "gold")  # on the screen
     unsaved = ("output_dir", "resume", "overwrite", "debug")
 
     def __post_init__(self) -> None:
         require(self.resume is None or not self.overwrite, "--resume excludes --overwrite")
         is_one = not self.resume or self.output_dir in (None, self.resume)
         require(is_one, "--resume names another folder than --output_dir")
-        self.output_dir = self.resume or self.output_dir or self.default_folder()
+        folder = self.resume or self.output_dir or self.default_folder()
+        self.output_dir = os.path.expanduser(folder)
         if self.resume is not None:
             self.take_saved_flags()
         self.ref_model = self.ref_model or self.model
@@ -91,44 +91,44 @@ class Config:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.micro_batch_size is None:
             self.micro_batch_size = 64 if self.device == "cpu" else self.gpu_micro_batch_size
-        for known in fields(self):  # argparse has checked a command line, but no notebook
+        for known in fields(self):
             name, value, choices = known.name, getattr(self, known.name), get_args(known.type)
             if type(value) in (int, float) and (value != 0 or name not in self.may_be_zero):
                 require(0 < value < math.inf, f"--{name} {value} is out of range")
-            if get_origin(known.type) is Literal:
+            if get_origin(known.type) is Literal:  # argparse checks no notebook
                 require(value in choices, f"--{name} {value} is none of {', '.join(choices)}")
 
     def default_folder(self) -> str:
         words = [self.script, getattr(self, self.arm)]
-        for known in [f for f in fields(self) if f.name not in (self.arm, "seed", *self.unsaved)]:
+        for known in fields(self):
             value = getattr(self, known.name)
-            if value != known.default:
-                words.append(known.name + "=" + re.sub(r"[^A-Za-z0-9.+-]+", "_", str(value)))
-        return f"runs/{'-'.join(words)[:200]}-{self.seed}"  # no disk takes any length
+            if value != known.default and known.name not in (self.arm, "seed", *self.unsaved):
+                words.append(f"{known.name}={value}")
+        name = re.sub(r"[^A-Za-z0-9.+=-]+", "_", "-".join(words))
+        return f"runs/{name[:200]}-{self.seed}"  # no disk takes any length
 
     def take_saved_flags(self) -> None:
-        """The flags of the run in --output_dir; of those given only --num_queries may differ."""
-        # On a command line a flag may be given at its default, as --beta=0.1 or --max-grad-norm 1.
+        """Take the flags of the run in --output_dir; --num_queries may be raised."""
+        path = Path(self.output_dir, "config.json")
+        about = json.loads(path.read_text()) if path.exists() else {}
+        wrong = f"--resume: {self.output_dir} holds no run of {self.script}.py"
+        require(about.get("script") == self.script, wrong)
+        # A command may give a flag at its default, as --beta=0.1 or --max-grad-norm 1.
         words = sys.argv[1:] if Path(sys.argv[0]).stem == self.script else []
         named = {word[2:].split("=")[0].replace("-", "_") for word in words if word[:2] == "--"}
-        folder = Path(self.output_dir).expanduser()
-        require(holds_run(folder), f"--resume: {folder} holds no run; --resume FOLDER names one")
-        about = json.loads((folder / "config.json").read_text())
-        is_own, saved = about["script"] == self.script, about["flags"]
-        require(is_own, f"--resume: {folder} holds another script's run")
         for known in [f for f in fields(self) if f.name not in self.unsaved]:
-            given, old = getattr(self, known.name), saved[known.name]
+            given, old = getattr(self, known.name), about["flags"][known.name]
             if given == known.default and known.name not in named:
                 setattr(self, known.name, old)
             elif known.name != "num_queries" or given < old:
                 require(given == old, f"--resume: the run has --{known.name} {old}, not {given}")
 
 
-# ---------------------------------------------------------------- models
+# ---------------- models
 
 
 def path_of(flag_name: str, config: Config) -> str:
-    """A path starts with . / ~, and never asks the hub; else it may be a hub's id."""
+    """A path starts with . / ~ and never asks the hub; else it may be an id."""
     name = getattr(config, flag_name)
     path, is_path = os.path.expanduser(name), name.startswith((".", "/", "~"))
     require(os.path.exists(path) or not is_path, f"--{flag_name} {name}: nothing there")
@@ -136,10 +136,10 @@ def path_of(flag_name: str, config: Config) -> str:
 
 
 def load_pretrained(
-    auto_class: Any, flag_name: str, config: Config, dtype: torch.dtype = torch.float32
+    auto_class: Any, flag_name: str, config: Config, policy_tokenizer: Any = None
 ) -> tuple[Any, Any]:
-    """The model that a flag names, with every dropout at 0, and its tokenizer. UserError if it
-    lacks weights or has too short a context."""
+    """A flag's model, with every dropout at 0, and its tokenizer. All but the oracle must have the
+    policy's vocabulary and read packed rows like plain ones."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     path, options = path_of(flag_name, config), {"trust_remote_code": False}
@@ -147,62 +147,56 @@ def load_pretrained(
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     settings = transformers.AutoConfig.from_pretrained(path, **options)
     vars(settings).update({key: 0.0 for key in vars(settings) if "drop" in key})
+    is_oracle = auto_class is transformers.AutoModelForSequenceClassification
+    dtype = torch.bfloat16 if is_oracle and config.device.startswith("cuda") else torch.float32
     options |= {"config": settings, "dtype": dtype, "output_loading_info": True}
     model, info = auto_class.from_pretrained(path, **options)
-    # A causal model loaded as a reward model would get a random head, and only a warning.
+    model.to(config.device)
+    where = f"--{flag_name} {path}"
     missing = ", ".join(sorted(info["missing_keys"])[:3])
-    require(not missing, f"--{flag_name} {path} lacks weights that its use here needs: {missing}")
+    # A causal model as reward model would get a random head, and only a warning.
+    require(not missing, f"{where} lacks weights: {missing}")
     length = config.max_prompt_length + config.max_new_tokens
     context = getattr(settings, "max_position_embeddings", math.inf)
-    wrong = f"--{flag_name} {path} reads {context} tokens, prompt and response have {length}"
-    require(context >= length, wrong)
-    return model.to(config.device), tokenizer
+    require(context >= length, f"{where} reads {context} tokens, and needs {length}")
+    if not is_oracle:
+        is_same = tokenizer.get_vocab() == (policy_tokenizer or tokenizer).get_vocab()
+        require(is_same, f"{where} has another vocabulary than --model")
+        require(reads_packed_rows(model, config), f"{where} misreads packed rows")
+    return model, tokenizer
 
 
-def check_model(
-    model: nn.Module, tokenizer: Any, policy_tokenizer: Any, flag_name: str, config: Config
-) -> None:
-    """UserError for another vocabulary than the policy's, or packed rows that are misread."""
-    where = f"--{flag_name} {getattr(config, flag_name)}"
-    is_same = tokenizer.get_vocab() == policy_tokenizer.get_vocab()
-    require(is_same, f"{where} has another vocabulary than --model")
-    problem = packing_problem(model, config)
-    require(not problem, f"{where} {problem}")
-
-
-def packing_problem(model: nn.Module, config: Config) -> str:
-    """What is wrong with its packed rows: ALiBi, sliding windows, ignored masks and positions that
-    cannot restart show when a response beside another one is compared with a plain row."""
-    rng, num = generator(0, "packing"), model.get_input_embeddings().num_embeddings
-    prompt = torch.randint(num, (1, config.max_prompt_length), generator=rng)
-    responses = torch.randint(num, (1, 2, config.max_new_tokens), generator=rng)
+def reads_packed_rows(model: nn.Module, config: Config) -> bool:
+    """Is a response beside another one read as in a plain row? Not with ALiBi, sliding windows,
+    ignored masks and positions that cannot restart."""
+    num, size = model.get_input_embeddings().num_embeddings, config.max_new_tokens
+    prompt = torch.arange(config.max_prompt_length)[None] % num  # (1, P)
+    responses = torch.arange(2 * size).view(1, 2, size) % num  # (1, 2, R)
     row = common.packed_row(model, prompt, prompt * 0 + 1, responses, responses * 0 + 1)
-    rows = {"input_ids": torch.cat([prompt, responses[:, 1]], dim=1).to(model.device)}, row
+    ids = torch.cat([prompt, responses[:, 1]], dim=1).to(model.device)
     try:
         with torch.no_grad():
-            plain, packed = (model(**r)[0][0, -config.max_new_tokens :] for r in rows)  # (R, V)
-    except (TypeError, ValueError, RuntimeError, IndexError) as error:
-        return f"cannot read packed rows: {error}"
+            plain = model(ids)[0][0, -size:]  # (R, V)
+            packed = model(**row)[0][0, -size:]
+    except (TypeError, ValueError, RuntimeError, IndexError):
+        return False
     error = ((packed - plain).abs().max() / plain.std()).item()
-    is_fine = error < (1e-3 if model.dtype == torch.float32 else 0.1)
-    return "" if is_fine else f"misreads packed rows, by {error:.2g} standard deviations"
+    return error < (1e-3 if model.dtype == torch.float32 else 0.1)
 
 
 def load_policies(config: Config) -> tuple[Any, Any, Any]:
-    """Policy, reference and tokenizer. Both models run alike: in another precision, or even with
-    requires_grad off, which picks other kernels, log-ratios would not start at 0."""
+    """Policy, reference and tokenizer. Both models run alike: in another precision, or without
+    requires_grad, which picks other kernels, log-ratios would not start at 0."""
     auto_class = transformers.AutoModelForCausalLM
     policy, tokenizer = load_pretrained(auto_class, "model", config)
-    ref_model, ref_tokenizer = load_pretrained(auto_class, "ref_model", config)
+    ref_model, _ = load_pretrained(auto_class, "ref_model", config, tokenizer)
     require(tokenizer.eos_token_id is not None, f"--model {config.model} has no EOS token")
-    check_model(policy, tokenizer, tokenizer, "model", config)
-    check_model(ref_model, ref_tokenizer, tokenizer, "ref_model", config)
     if config.gradient_checkpointing:
         policy.gradient_checkpointing_enable()
     return policy, ref_model, tokenizer
 
 
-# ---------------------------------------------------------------- prompts
+# ---------------- prompts
 
 
 def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
@@ -220,7 +214,7 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
     train = splits.pop("train" if "train" in splits else next(iter(splits)))
     held_out = splits.get("test") or splits.get("validation")
     if not held_out:
-        require(len(train) > 1, f"--dataset {config.dataset} has one row: none is left to hold out")
+        require(len(train) > 1, f"--dataset {config.dataset} has one row only")
         size = min(config.eval_prompts, len(train) // 2)
         train, held_out = train.train_test_split(size, shuffle=False).values()
     held_out = tokenise_prompts(held_out, config, tokenizer)
@@ -229,27 +223,26 @@ def load_prompts(config: Config, tokenizer: Any) -> tuple[Batch, Batch]:
 
 
 def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
-    """Rows of a data set as a `Batch` without responses; too long prompts are dropped. A prompt may
-    be a list of chat messages if the model has a template; the oracle reads its last user turn.
-
-    Only the columns that are used are kept, by the names that the code gives them: they go into
-    checkpoints, where a column of dates could not be read again.
-    """
+    """Rows of a data set as a `Batch` without responses. A prompt may be a chat, if the model has a
+    template; the oracle reads its last user turn. Columns that nobody reads are left out, since a
+    checkpoint could not hold dates."""
     known, where = rows.column_names, f"--dataset {config.dataset}"
     gold = ("wanted", "wrong", "clutter")
     columns = {name: rows[name][:] for name in gold} if set(gold) <= set(known) else {}
     for name in [n for n in ("prompt", "reference", "other") if hasattr(config, f"{n}_column")]:
         named = getattr(config, f"{name}_column")  # None: the default, which may be missing
-        wanted = name if named is None else named
-        if wanted in known:
-            role = "user" if name == "prompt" else "assistant"
-            is_turn = [isinstance(v, list) and v and v[-1]["role"] == role for v in rows[wanted][:]]
-            texts = [v[-1]["content"] if i else v for v, i in zip(rows[wanted][:], is_turn)]
-            is_text = all(isinstance(text, str) and text.strip() for text in texts)
-            require(is_text, f"{where}: a row's {wanted} is empty, or not text")
-            columns[name] = texts
-        elif named is not None:
-            raise UserError(f"{where} has no --{name}_column {wanted}; it has {', '.join(known)}")
+        column = name if named is None else named
+        if column not in known:
+            wrong = f"{where} has no --{name}_column {column}; it has {', '.join(known)}"
+            require(named is None, wrong)
+            continue
+        columns[name], role = [], "user" if name == "prompt" else "assistant"
+        for text in rows[column][:]:
+            if isinstance(text, list) and text and text[-1]["role"] == role:
+                text = text[-1]["content"]
+            is_text = isinstance(text, str) and text.strip()
+            require(is_text, f"{where}: a row's {column} is empty, or not text")
+            columns[name].append(text)
     texts = rows[config.prompt_column][:]
     is_chat = bool(tokenizer.chat_template) or not isinstance(texts[0], str)
     if is_chat:
@@ -269,7 +262,7 @@ def tokenise_prompts(rows: Any, config: Config, tokenizer: Any) -> Batch:
 
 
 def next_prompts(prompts: Batch, start: int, count: int, seed: int) -> Batch:
-    """Prompts number `start` to `start + count` of an endless stream, reshuffled each epoch."""
+    """`count` prompts from number `start` of an endless stream, reshuffled each epoch."""
     size = len(prompts)
     epochs = range(start // size, (start + count) // size + 1)
     order = [torch.randperm(size, generator=generator(seed, "epoch", epoch)) for epoch in epochs]
@@ -277,23 +270,15 @@ def next_prompts(prompts: Batch, start: int, count: int, seed: int) -> Batch:
 
 
 def count_iterations(config: Config, labels: int, num_steps: int) -> int:
-    """How many iterations of so many labels and gradient steps the budget pays for; --resume with
-    more --num_queries adds further ones of the same length."""
-    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s); "
-    wrong += "lower it or --batch_size, or raise --num_queries"
+    """How many iterations of so many labels and steps the budget, perhaps raised, pays for."""
+    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s)"
     require(config.warmup_steps < num_steps, wrong)
     more = config.num_queries - config.planned_queries
     require(more == 0 or more >= labels, f"--num_queries: an iteration more takes {labels} labels")
     return config.num_iterations + more // labels
 
 
-# ---------------------------------------------------------------- the oracle
-
-
-def holds_run(folder: Path) -> bool:
-    """Not every folder with a config.json does: a model's has one too."""
-    path = folder / "config.json"
-    return path.exists() and "script" in json.loads(path.read_text())
+# ---------------- oracles
 
 
 def is_first() -> bool:
@@ -301,13 +286,13 @@ def is_first() -> bool:
     return common.ranks()[0] == 0
 
 
-def to_lines(rows: list[dict[str, Any]]) -> str:
+def to_lines(rows: list[dict]) -> str:
     """Rows of a JSONL file."""
     return "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
 
 
 def rewrite(path: Path, text: str) -> None:
-    """Put a file in place of the old one at once: after any crash there is a whole one."""
+    """Replace a file at once: after any crash there is a whole one."""
     if is_first():
         path.with_suffix(".tmp").write_text(text, encoding="utf-8")
         os.replace(path.with_suffix(".tmp"), path)
@@ -316,16 +301,16 @@ def rewrite(path: Path, text: str) -> None:
 class Oracle:
     """The annotator. A rule, a judge or a person is a subclass with `score` or `prefer` alone.
 
-    `label` and `rank` count what they cost in `queries`. Each answer is appended to labels.jsonl
-    the moment it is given; what a run had bought when it was stopped is answered from there as soon
-    as the same question comes again. `score` is for metrics and costs nothing.
+    `label` and `rank` count what they cost in `queries`. Each answer is in labels.jsonl the moment
+    it is given, and is given again when its question returns after a crash. `score` costs nothing.
     """
 
-    block_size = 1  # questions scored at once: what comes one by one is kept one by one
+    scores_at_once = False  # else each answer is kept before the next question
 
     def __init__(self, config: Config) -> None:
-        self.config, self.queries, self.num_lines, self.path = config, 0, 0, Path(os.devnull)
-        self.bought = defaultdict(list)  # (prompt, *texts) -> answers that were not used yet
+        self.config, self.path = config, Path(os.devnull)
+        self.queries, self.num_lines = 0, 0
+        self.unused = []  # rows of labels.jsonl, bought before a crash
 
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor | None:
         """Rewards (B, N) of N texts to each prompt; None if this oracle only compares."""
@@ -341,43 +326,37 @@ class Oracle:
         return torch.rand(len(gap), generator=rng) < probability
 
     def open(self, path: Path, queries: int, num_lines: int, unused: list[dict]) -> None:
-        """Append answers to `path`. After its first `num_lines`, of which some are still `unused`,
-        come those that were bought, and not used before the run stopped."""
+        """Append answers to `path`; those after its first `num_lines` are `unused` too."""
         text = path.read_text(encoding="utf-8") if path.exists() else ""
-        lines = text.split("\n")[:-1]  # a crash may have cut the last one
-        rewrite(path, "".join(line + "\n" for line in lines))
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a crash may cut the last
+        rewrite(path, to_lines(rows))
         self.path = path if is_first() else Path(os.devnull)
-        self.queries, self.num_lines = queries, len(lines)
-        self.bought.clear()
-        for row in [*unused, *map(json.loads, lines[num_lines:])]:
-            self.bought[row["prompt"], *row["texts"]].append(row)
+        self.queries, self.num_lines = queries, len(rows)
+        self.unused = unused + rows[num_lines:]
 
     def ask(self, prompts: list, texts: list, costs: list, noise: Tensor | None) -> list[dict]:
-        """A row of labels.jsonl a question, a ranking if there is noise, else a duel: bought
-        already, or else asked now, kept, and counted."""
-        start, texts = self.queries, [[text.strip() for text in row] for row in texts]
-        rows = [(self.bought.get((x, *y)) or [None]).pop(0) for x, y in zip(prompts, texts)]
-        every, size = range(len(rows)), self.block_size
-        for block in [every[n : n + size] for n in every[::size]]:
-            new = [(n, i) for n, i in enumerate(block) if rows[i] is None]
-            if not new:
-                continue
-            # All of the block, as when it was first asked: in another batch last digits differ.
-            rewards = self.score([prompts[i] for i in block], [texts[i] for i in block])
-            for n, i in new:
-                self.queries = start + sum(costs[:i])  # the number of the label names its coin
-                own = None if rewards is None else rewards[n : n + 1]  # (1, N)
+        """Rows of labels.jsonl, of rankings if there is noise, else of duels: bought or new."""
+        rows, rewards, texts = [], None, [[text.strip() for text in row] for row in texts]
+        if self.scores_at_once and prompts:  # the bought too: digits depend on the batch
+            rewards = self.score(prompts, texts)
+        for n, (x, y) in enumerate(zip(prompts, texts)):
+            bought = [row for row in self.unused if (row["prompt"], row["texts"]) == (x, y)]
+            if bought:
+                rows.append(bought[0])
+                self.unused.remove(bought[0])
+            else:
+                own = self.score([x], [y]) if rewards is None else rewards[n : n + 1]  # (1, N)
                 if noise is None:
-                    answer = bool(self.prefer([prompts[i]], [texts[i]], own)[0])
+                    answer = bool(self.prefer([x], [y], own)[0])
                 else:
-                    require(own is not None, "this oracle has no `score`, which a ranking needs")
-                    answer = (own[0] + noise[i]).tolist()
-                rows[i] = {"prompt": prompts[i], "texts": texts[i], "answer": answer}
-                rows[i]["rewards"] = None if own is None else own[0].tolist()
+                    require(own is not None, "this oracle has no `score`: it cannot rank")
+                    answer = (own[0] + noise[n]).tolist()
+                rows.append({"prompt": x, "texts": y, "answer": answer})
+                rows[-1]["rewards"] = None if own is None else own[0].tolist()
                 self.num_lines += 1
                 with open(self.path, "a", encoding="utf-8") as file:  # closed, hence flushed
-                    file.write(to_lines([rows[i]]))
-        self.queries = start + sum(costs)
+                    file.write(to_lines(rows[-1:]))
+            self.queries += costs[n]  # the number of the label names its coin
         return rows
 
     def label(self, duels: Batch) -> tuple[Tensor, dict[str, float]]:
@@ -400,28 +379,28 @@ class Oracle:
 
 
 class RewardModelOracle(Oracle):
-    """A reward model with one label; it reads text, with its own tokenizer and chat template. What
-    the texts of a prompt begin with alike it reads once, if it can read packed rows."""
+    """A reward model, which reads text by its own tokenizer and chat template. What the texts of a
+    prompt begin with alike is read once, if it can read packed rows."""
+
+    scores_at_once = True
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.block_size = config.batch_size
         auto_class = transformers.AutoModelForSequenceClassification
-        dtype = torch.bfloat16 if config.device.startswith("cuda") else torch.float32
-        self.model, self.tokenizer = load_pretrained(auto_class, "reward_model", config, dtype)
-        require(self.model.config.num_labels == 1, "--reward_model has several labels, not one")
+        self.model, self.tokenizer = load_pretrained(auto_class, "reward_model", config)
+        require(self.model.config.num_labels == 1, "--reward_model has several labels")
         has_head, encoder = hasattr(self.model, "score"), self.model.base_model
-        self.is_packed = has_head and not packing_problem(encoder, config)
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.model.config.use_cache = False
+        self.is_packed = has_head and reads_packed_rows(encoder, config)
+        self.model.config.update({"pad_token_id": self.tokenizer.pad_token_id, "use_cache": False})
 
     @torch.no_grad()
     def score(self, prompts: list[str], responses: list[list[str]]) -> Tensor:
         pairs = [(x, y.strip()) for x, row in zip(prompts, responses) for y in row]
-        texts, is_chat = [f"{x} {y}".rstrip() for x, y in pairs], bool(self.tokenizer.chat_template)
+        texts = [f"{x} {y}".rstrip() for x, y in pairs]
+        is_chat = bool(self.tokenizer.chat_template)
         if is_chat:
-            chats = [[{"role": "user", "content": x}, {"role": "assistant", "content": y}]
-                     for x, y in pairs]  # fmt: skip
+            turns = [(("user", x), ("assistant", y)) for x, y in pairs]
+            chats = [[{"role": role, "content": text} for role, text in two] for two in turns]
             texts = self.tokenizer.apply_chat_template(chats, tokenize=False)
         ids = self.tokenizer(texts, add_special_tokens=not is_chat)["input_ids"]
         for text in ids:  # rewards are read off at the last token that is not padding
@@ -432,9 +411,9 @@ class RewardModelOracle(Oracle):
         num, size = len(responses[0]), self.config.micro_batch_size
         rows = [ids[n : n + num] for n in range(0, len(ids), num)]  # B lists of N texts' tokens
         read = self.read_packed if self.is_packed and num > 1 else self.read_plain
-        values = in_parts(lambda part: read([rows[i] for i in part]), len(rows), size)
-        require(values.isfinite().all(), "the oracle's reward is not finite")
-        return values
+        rewards = in_parts(lambda part: read([rows[n] for n in part]), len(rows), size)
+        require(rewards.isfinite().all(), "the oracle's reward is not finite")
+        return rewards
 
     def pad(self, texts: list[list[int]], side: str) -> tuple[Tensor, Tensor]:
         padded = self.tokenizer.pad({"input_ids": texts}, padding_side=side, return_tensors="pt")
@@ -447,7 +426,7 @@ class RewardModelOracle(Oracle):
         return logits.view(len(rows), -1).float().cpu()
 
     def read_packed(self, rows: list[list[list[int]]]) -> Tensor:
-        """The same; what the texts of a list begin with alike stands where a prompt would."""
+        """The same; what a list's texts begin with stands where a prompt would."""
         sizes = [len(os.path.commonprefix([text[:-1] for text in row])) for row in rows]
         start = self.pad([row[0][:size] for row, size in zip(rows, sizes)], "left")  # (b, P)
         ends = self.pad([text[size:] for row, size in zip(rows, sizes) for text in row], "right")
@@ -459,7 +438,7 @@ class RewardModelOracle(Oracle):
         return rewards.gather(2, mask.sum(2, keepdim=True) - 1)[..., 0].float().cpu()
 
 
-# ---------------------------------------------------------------- evaluation
+# ---------------- evaluation
 
 
 @dataclass
@@ -472,20 +451,6 @@ class Task:
     prompts: Batch
     held_out: Batch
     oracle: Oracle
-
-
-def gold_score(response: str, wanted: list[str], wrong: list[str], clutter: list[str]) -> float:
-    """The quality behind the labels that tiny/'s oracle was trained on: 1.5 for each wanted fact
-    that the response states, -1.5 for each wrong version of one, -0.5 for anything else that the
-    row lists, -0.1 a word. Case and punctuation do not count, nor do facts of kinds not in a post.
-    """
-
-    def plain(text: str) -> str:
-        return " " + " ".join(re.findall(r"\w+", text.lower())) + " "
-
-    text, kinds = plain(response), (wanted, wrong, clutter)
-    right, false, other = (sum(plain(fact) in text for fact in facts) for facts in kinds)
-    return 1.5 * right - 1.5 * false - 0.5 * other - 0.1 * len(text.split())
 
 
 def win_metrics(rewards: Tensor, baseline: Tensor) -> dict[str, float]:
@@ -503,15 +468,16 @@ def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str,
     """Metrics of one sample a held-out prompt at temperature 1, and the samples.
 
     `kl` is the mean summed log-ratio to --ref_model, in nats a response; `objective` reward - beta
-    * kl; `truncated` the share of responses that were cut at --max_new_tokens.
+    * kl; `truncated` the share that was cut at --max_new_tokens.
     """
-    policy, tokenizer, rng = task.policy, task.tokenizer, generator(config.seed, "evaluation")
-    batch = common.respond(policy, tokenizer, task.held_out, 1, rng, config, temperature=1.0)
-    logps, ref_logps = (frozen_logps(m, batch, config) for m in (policy, task.ref_model))  # (B, 1)
-    kl, columns = (logps - ref_logps).double().mean().item(), batch.columns
+    models, rng = (task.policy, task.tokenizer), generator(config.seed, "evaluation")
+    batch = common.respond(*models, task.held_out, 1, rng, config, temperature=1.0)
+    logps = [frozen_logps(model, batch, config) for model in (task.policy, task.ref_model)]
+    kl = (logps[0] - logps[1]).double().mean().item()
+    columns = batch.columns
     metrics = {"compared_with": columns["compared_with"][0]}
-    kept = {name: columns[name] for name in ("prompt", "reference")}
-    kept["response"] = [y for (y,) in batch.responses]
+    kept = {"prompt": columns["prompt"], "reference": columns["reference"]}
+    kept["response"] = [row[0] for row in batch.responses]
     rewards = task.oracle.score(columns["prompt"], batch.responses)  # (B, 1)
     if rewards is not None:
         metrics |= win_metrics(rewards[:, 0], torch.tensor(columns["reference_reward"]))
@@ -522,33 +488,32 @@ def evaluate(task: Task, config: Config) -> tuple[dict[str, Any], list[dict[str,
         facts = (columns[name] for name in ("wanted", "wrong", "clutter"))
         kept["gold"] = list(map(gold_score, kept["response"], *facts))
         metrics["gold"] = sum(kept["gold"]) / len(batch)
-    # What has ended is padded with EOS.
-    has_ended = torch.isin(batch.response_ids[..., -1], common.eos_ids(policy, tokenizer).cpu())
+    last = batch.response_ids[..., -1]  # what has ended is padded with EOS
+    is_cut = ~torch.isin(last, common.eos_ids(*models).cpu())
     metrics["kl"] = kl
     metrics["length"] = batch.response_mask.sum(-1).double().mean().item()
-    metrics["truncated"] = (~has_ended).double().mean().item()
+    metrics["truncated"] = is_cut.double().mean().item()
     return metrics, [dict(zip(kept, values)) for values in zip(*kept.values())]
 
 
-# ---------------------------------------------------------------- a run and its folder
+# ---------------- a run and its folder
 
 
 def load(config: Config, oracle: Oracle | None) -> Task:
-    """Load what a run needs, and say what it is. Without references in the data set, samples of the
-    initial policy stand in."""
-    folder = Path(config.output_dir).expanduser()
-    is_meant, is_run = config.resume is not None or config.overwrite, holds_run(folder)
-    ways = f"--overwrite it, continue it with --resume {folder}, or name another --output_dir"
-    require(is_meant or not is_run, f"{folder} holds a run: {ways}")
-    is_free = is_run or not (folder / "config.json").exists()
-    require(is_free, f"--output_dir {folder} holds no run, but another's config.json")
+    """Load and show what a run needs; samples of the policy stand in for missing references."""
+    folder, path = config.output_dir, Path(config.output_dir, "config.json")
+    if path.exists():
+        is_run = "script" in json.loads(path.read_text())
+        require(is_run, f"--output_dir {folder} holds no run, but another's config.json")
+        is_meant = config.overwrite or config.resume is not None
+        ways = f"--overwrite, --resume {folder} or another --output_dir"
+        require(is_meant, f"{folder} holds a run: give {ways}")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else 1 GB of CPU kernels
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape, thus each token
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new shape
     policy, ref_model, tokenizer = load_policies(config)
     prompts, held_out = load_prompts(config, tokenizer)
-    judge = config.reward_model if oracle is None else type(oracle).__name__
-    is_asked_once = oracle is None or common.ranks()[1] == 1
-    require(is_asked_once, f"{judge} would be asked by each process: run a single one")
+    judge = type(oracle).__name__ if oracle else config.reward_model
+    require(not oracle or common.ranks()[1] == 1, f"{judge} would be asked by each process")
     oracle = oracle or RewardModelOracle(config)
     columns, compared_with = held_out.columns, "reference"
     if "reference" not in columns:
@@ -556,14 +521,14 @@ def load(config: Config, oracle: Oracle | None) -> Task:
         batch = common.respond(policy, tokenizer, held_out, 1, rng, config, temperature=1.0)
         columns["reference"] = [row[0] for row in batch.responses]
     columns["compared_with"] = [compared_with] * len(held_out)
-    rewards = oracle.score(columns["prompt"], [[text] for text in columns["reference"]])  # (B, 1)
+    rewards = oracle.score(columns["prompt"], [[text] for text in columns["reference"]])
     if rewards is not None:
         columns["reference_reward"] = rewards[:, 0].tolist()
+    sizes = f"{len(prompts)} to train on, {len(held_out)} held out"
     limits = f"at most {config.max_prompt_length} tokens, responses at most {config.max_new_tokens}"
     print(f"policy     {config.model}, {policy.num_parameters():,} weights")
     print(f"reference  {config.ref_model}")
     print(f"oracle     {judge}, --labels {config.labels}; win rate against the {compared_with}")
-    sizes = f"{len(prompts)} to train on, {len(held_out)} held out"
     print(f"prompts    {config.dataset}, {sizes}, {limits}")
     print(f"run        {config.num_queries} labels into {folder}, on {config.device}")
     return Task(policy, ref_model, tokenizer, prompts, held_out, oracle)
@@ -574,7 +539,7 @@ class Counts:
     """What a run has cost so far; a script may add its own."""
 
     candidates: int = 0  # responses sampled to choose from
-    decoder_streams: int = 0  # responses that a model decoded: a forward pass a token each
+    decoder_streams: int = 0  # responses decoded, a forward pass a token each
     gradient_steps: int = 0
     synthetic_pairs: int = 0
 
@@ -584,42 +549,38 @@ class Counts:
 
 
 class Run:
-    """The folder of a run: JSONL files, checkpoint, model; and what the screen shows. A round's
-    random numbers depend on the seed and its number alone, so a checkpoint holds the state_dict of
-    `parts`, the pairs of `replay`, the counts, the rows of the files and the unused answers."""
+    """The folder of a run, and what the screen shows. A checkpoint needs no random state: what a
+    round draws depends on the seed and its number alone."""
 
     def __init__(self, config: Config, oracle: Oracle, parts: dict, counts: Counts) -> None:
         self.config, self.oracle, self.parts, self.counts = config, oracle, parts, counts
-        self.folder = Path(config.output_dir).expanduser()
-        self.round, self.seen = 0, {}  # what was recorded since the last row of metrics
-        self.replay: list[Batch] = []  # pairs of earlier rounds that a script still needs
+        self.folder = Path(config.output_dir)
+        self.round, self.seen = 0, {}  # recorded since the last row of metrics
+        self.replay: list[Batch] = []  # pairs that a later round needs
         self.rows = {"metrics": [], "preferences": [], "samples": []}
-        if config.overwrite and is_first() and holds_run(self.folder):
+        if config.overwrite and is_first() and (self.folder / "config.json").exists():
             shutil.rmtree(self.folder)
         if common.ranks()[1] > 1:
             distributed.barrier()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.load()
-        options = {"cwd": Path(__file__).resolve().parent, "capture_output": True, "text": True}
-        commit = subprocess.run("git rev-parse HEAD", shell=True, **options).stdout.strip()
-        versions = {name: version(name) for name in ("torch", "transformers", "datasets", "tqdm")}
-        about = {"script": config.script, "flags": asdict(config), "versions": versions}
-        rewrite(self.folder / "config.json", json.dumps(about | {"git_commit": commit}, indent=1))
-        self.bar = tqdm(total=config.num_queries, unit="label", disable=not is_first())
-        self.bar.n = oracle.queries
-
-    def load(self) -> None:
-        """With --resume go back to the checkpoint, if there is one."""
         path, labels = self.folder / "checkpoint.pt", (0, 0, [])
-        if path.exists() and self.config.resume is not None:
+        if path.exists() and config.resume is not None:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            for name, part in self.parts.items():
+            for name, part in parts.items():
                 part.load_state_dict(state[name])
             vars(self).update(state["run"])
             self.replay = [Batch(**part) for part in state["replay"]]
-            vars(self.counts).update(state["counts"])
+            vars(counts).update(state["counts"])
             labels = state["labels"]
-        self.oracle.open(self.folder / "labels.jsonl", *labels)
+        oracle.open(self.folder / "labels.jsonl", *labels)
+        about = {"script": config.script, "flags": asdict(config)}
+        about["versions"] = {n: version(n) for n in ("torch", "transformers", "datasets", "tqdm")}
+        clone = Path(__file__).resolve().parent
+        options = {"cwd": clone, "capture_output": True, "text": True}
+        commit = subprocess.run("git rev-parse HEAD", shell=True, **options).stdout.strip()
+        rewrite(self.folder / "config.json", json.dumps(about | {"git_commit": commit}, indent=1))
+        options = {"total": config.num_queries, "initial": oracle.queries, "unit": "label"}
+        self.bar = tqdm(**options, disable=not is_first())
 
     def save(self) -> None:
         """Write the JSONL files and, last, checkpoint.pt: there is always a whole one."""
@@ -627,11 +588,10 @@ class Run:
             for name, rows in self.rows.items():
                 rewrite(self.folder / f"{name}.jsonl", to_lines(rows))
             state = {name: part.state_dict() for name, part in self.parts.items()}
-            state["run"] = {name: vars(self)[name] for name in ("round", "seen", "rows")}
+            state["run"] = {"round": self.round, "seen": self.seen, "rows": self.rows}
             state["counts"] = vars(self.counts)
             state["replay"] = [vars(part) for part in self.replay]
-            unused = sum(self.oracle.bought.values(), [])
-            state["labels"] = (self.oracle.queries, self.oracle.num_lines, unused)
+            state["labels"] = (self.oracle.queries, self.oracle.num_lines, self.oracle.unused)
             torch.save(state, self.folder / "checkpoint.tmp")
             os.replace(self.folder / "checkpoint.tmp", self.folder / "checkpoint.pt")
 
@@ -644,7 +604,7 @@ class Run:
         return last["round"] < self.round and (is_forced or is_step)
 
     def record(self, values: dict[str, float]) -> None:
-        """Keep a round's values; the next row of metrics shows their means over rounds."""
+        """Keep a round's values; the next row of metrics has their means."""
         for name, value in values.items():
             self.seen.setdefault(name, []).append(value)
 
@@ -657,7 +617,7 @@ class Run:
         self.counts.synthetic_pairs += num_synthetic
 
     def log(self, metrics: dict, samples: list[dict], own: dict[str, float]) -> None:
-        """Write and print a row of metrics, with the means of what was recorded; save."""
+        """Write and print a row of metrics, with means of what was recorded."""
         queries = {"queries": self.oracle.queries}
         means = {name: sum(values) / len(values) for name, values in sorted(self.seen.items())}
         row = queries | {"round": self.round} | vars(self.counts) | metrics | own | means
@@ -674,18 +634,17 @@ class Run:
         self.save()
 
     def end_round(self) -> None:
-        """Count the round; save every --checkpoint_every rounds. A policy that has collapsed to one
-        text a prompt makes no pair: then stop."""
+        """Count the round, save it when due; stop if 20 rounds had nothing to compare."""
         self.round += 1
         self.bar.update(self.oracle.queries - self.bar.n)
         if self.round % self.config.checkpoint_every == 0:
             self.save()
         pairs = self.rows["preferences"]
         num_idle = self.round - (pairs[-1]["round"] + 1 if pairs else 0)
-        require(num_idle < 20, "the candidates of 20 rounds all read the same: stopped")
+        require(num_idle < 20, "the candidates of 20 rounds all read the same")
 
     def finish(self, policy: nn.Module, tokenizer: Any) -> None:
-        """Write model/, compare the last row with the first, and say where everything is."""
+        """Write model/, and compare the last row with the first."""
         self.bar.close()
         if is_first():
             policy.save_pretrained(self.folder / "model")
@@ -697,7 +656,7 @@ class Run:
         print(f"done, {self.oracle.queries} labels; see: python notebooks/plot.py {self.folder}")
 
 
-# ---------------------------------------------------------------- the command line
+# ---------------- the command line
 
 
 class Parser(transformers.HfArgumentParser):
@@ -705,50 +664,44 @@ class Parser(transformers.HfArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
-def join_others() -> None:
-    """Under torchrun: one GPU a process, and only the first one prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        has_gpu = torch.cuda.is_available()
-        if has_gpu:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
-        sys.stdout = sys.stdout if is_first() else open(os.devnull, "w")
-
-
 def in_one_line(error: Exception, config: Config | None) -> str:
     """What went wrong, after the flag whose value it names, if it is a library's word."""
     line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, UserError):
         return line
+    # Errors of a data set do not always name the file.
+    said = config.dataset if "in load_prompts" in traceback.format_exc() else str(error)
     names = "model ref_model dataset reward_model erm_backbone output_dir device".split()
-    flags = [(name, getattr(config, name)) for name in names if hasattr(config, name)]
-    calls = [call.name for call in traceback.extract_tb(error.__traceback__)]
-    said = f"{error} {config.dataset if 'load_prompts' in calls else ''}".lower()
-    known = [(name, value) for name, value in flags if value.lower() in said]
+    flags = [(name, os.path.expanduser(getattr(config, name, ""))) for name in names]
+    known = [(name, value) for name, value in flags if value and value in said]
     start = "--{} {}: ".format(*max(known, key=lambda flag: len(flag[1]))) if known else ""
     return f"{start}{line} ({type(error).__name__}, see --debug)"
 
 
 def main(config_class: type[Config], train: Callable, docstring: str) -> None:
-    """Parse the command line and train. What goes wrong ends in one line and exit code 2."""
-    options = {"description": docstring.splitlines()[0], "formatter_class": argparse.HelpFormatter}
-    parser, config = Parser(config_class, allow_abbrev=False, **options), None
+    """Parse the flags and train. An error ends in one line and exit code 2."""
+    parser = Parser(config_class, allow_abbrev=False, formatter_class=argparse.HelpFormatter)
+    parser.description, config = docstring.splitlines()[0], None
     try:
-        join_others()
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun: one GPU a process
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            distributed.init_process_group()
+            sys.stdout = sys.stdout if is_first() else open(os.devnull, "w")
         config = config_class(**vars(parser.parse_args()))
         train(config)
         if common.ranks()[1] > 1:
             distributed.barrier()
             distributed.destroy_process_group()
     except KeyboardInterrupt:
-        is_begun = config and holds_run(Path(config.output_dir).expanduser())
-        advice = f"; --resume {config.output_dir} continues" if is_begun else ""
+        has_begun = config and Path(config.output_dir, "config.json").exists()
+        advice = f"; --resume {config.output_dir} continues" if has_begun else ""
         print(f"\nstopped{advice}", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        for bar in list(tqdm._instances):  # so that the error has a line of its own
+        for bar in list(tqdm._instances):  # the error has a line of its own
             bar.close()
         print(f"error: {in_one_line(error, config)}", file=sys.stderr)
         sys.exit(2)

@@ -309,10 +309,9 @@ def load_ensemble(
     config: Config, ref_model: nn.Module, tokenizer: Any
 ) -> tuple[nn.Module, EpistemicRewardModel]:
     """The frozen encoder of --erm_backbone, which reads the policy's tokens, and the heads."""
-    backbone, name = ref_model.base_model, "erm_backbone"
+    backbone, auto_class = ref_model.base_model, transformers.AutoModel
     if config.erm_backbone != "reference":
-        backbone, own = harness.load_pretrained(transformers.AutoModel, name, config)
-        harness.check_model(backbone, own, tokenizer, name, config)
+        backbone, _ = harness.load_pretrained(auto_class, "erm_backbone", config, tokenizer)
         backbone.to(torch.bfloat16 if config.device.startswith("cuda") else torch.float32)
     print(f"backbone   {config.erm_backbone}, {config.num_heads} heads")
     return backbone, EpistemicRewardModel(backbone.config.hidden_size, config)

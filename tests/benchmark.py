@@ -585,8 +585,8 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> str:
 
 @torch.no_grad()
 def precision_rows(size: str, flags: dict) -> None:
-    """What bfloat16 does to log-probabilities, in nats, and to packed rows, as `check_model` has
-    it: in standard deviations of what a plain row gives."""
+    """What bfloat16 does to log-probabilities, in nats, and to packed rows, in the measure of
+    `harness.reads_packed_rows`: standard deviations of what a plain row gives."""
     device, rng = flags["device"], torch.Generator().manual_seed(0)
     free_memory(device)
     torch.set_float32_matmul_precision("highest")  # no TF32

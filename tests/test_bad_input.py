@@ -116,7 +116,7 @@ def test_a_flag_given_again_at_its_default_is_not_overlooked(refused, flags):
 def test_a_run_of_another_script_is_not_resumed(refused, tmp_path):
     """Nor one of notebooks/my_rule.py, whose flags are sea.py's."""
     (tmp_path / "config.json").write_text('{"script": "my_rule", "flags": {"explore": "bai"}}')
-    assert "holds another script's run" in refused("sea", output_dir=None, resume=str(tmp_path))
+    assert "holds no run of sea.py" in refused("sea", output_dir=None, resume=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["model", "ref_model", "reward_model", "erm_backbone"])

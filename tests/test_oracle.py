@@ -127,15 +127,15 @@ def test_a_resumed_run_that_asks_in_another_order_keeps_all_that_it_bought(flags
         oracle = Rule(config_of("pilaf", flags))
         oracle.open(tmp_path / "labels.jsonl", *(states[-1] if len(states) == 2 else start))
         oracle.ask(list(questions), [[x, "no"] for x in questions], [1] * len(questions), None)
-        states.append((oracle.queries, oracle.num_lines, sum(oracle.bought.values(), [])))
+        states.append((oracle.queries, oracle.num_lines, [*oracle.unused]))
         asked.append("".join(prompt for prompt, _ in oracle.asked))
     assert asked == ["ABC", "X", "X"] and states[-1] == (5, 5, [])
-    for name, num_bought in (("labels.jsonl", 4), ("new.jsonl", 0)):  # another run's are not ours
+    for name, num_bought in (("labels.jsonl", 5), ("new.jsonl", 0)):  # another run's are not ours
         oracle.open(tmp_path / name, *start)
-        assert (len(oracle.bought), oracle.queries) == (num_bought, 0)
+        assert (len(oracle.unused), oracle.queries) == (num_bought, 0)
 
 
-def test_a_block_that_was_bought_in_part_is_scored_whole_again(flags, tmp_path):
+def test_what_was_bought_in_part_is_scored_whole_again(flags, tmp_path):
     """Else the rest would stand in another batch, and a resumed run would differ in last digits."""
     path, sizes, whole = tmp_path / "labels.jsonl", [], ""
 
@@ -146,13 +146,13 @@ def test_a_block_that_was_bought_in_part_is_scored_whole_again(flags, tmp_path):
 
     for num_kept in (0, 6, 8):
         path.write_text("".join(whole.splitlines(True)[:num_kept]))
-        oracle = Counted(config_of("pilaf", flags))  # --batch_size 4
+        oracle = Counted(config_of("pilaf", flags))
         oracle.open(path, 0, 0, [])
         duels = [["cats " * (n + 1), "a mat"] for n in range(8)]
         oracle.ask([f"The cat {n}" for n in range(8)], duels, [1] * 8, None)
         whole = whole or path.read_text()
         assert path.read_text() == whole
-    assert sizes == [4, 4, 4]
+    assert sizes == [8, 8, 8]
 
 
 @pytest.mark.parametrize("template, start, end", [
