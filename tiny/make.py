@@ -14,7 +14,7 @@ The papers' pipeline, a thousand times smaller, in the order in which one runs i
    five facts of eight kinds: who did what, and three of when, where, feeling, cost, excuse, plan.
    The annotators are busy people who want three kinds and no others; which three, the seed draws
    before anything is trained. A row lists the texts that are `wanted`, the `wrong` versions of
-   these, and the `clutter`: `harness.gold_score` counts them, and no model is given them.
+   these, and the `clutter`: `gold.py` counts them, and no model is given them.
 1. `make_sft`: a small Pythia learns to summarise as people do -> `sft/`, the policy's start.
 2. `make_reader`: another one learns to mark the facts of any summary as right or wrong ->
    `erm_backbone/`, whose states are the features of SEA's ensemble. It knows facts, no wishes.
@@ -75,7 +75,7 @@ class Post:
     mistakes: dict[str, list[str]]  # kind -> what it may be taken for
 
     def texts(self, taste: list[str]) -> dict[str, list[str]]:
-        """The texts that `harness.gold_score` counts, for annotators who want the kinds `taste`."""
+        """The texts that `gold.py` counts, for annotators who want the kinds `taste`."""
         wanted = [kind for kind in self.facts if kind in taste]
         others = [kind for kind in self.facts if kind not in taste]
         return {
