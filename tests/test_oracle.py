@@ -13,7 +13,7 @@ from conftest import contents, make_model, make_tokenizer, rows, save
 from test_loading import CLASSIFIER, TEMPLATE
 from test_run import ARMS, SCRIPTS, Rule, config_of, train
 
-HEAD = dict(num_labels=1, pad_token_id=0)
+HEAD = dict(num_labels=1)  # and no padding token
 
 
 class Alphabetical(harness.Oracle):
@@ -118,18 +118,26 @@ def test_a_half_written_last_line_is_dropped_and_its_question_asked_again(flags,
     again = ask("pilaf", flags, resume="")
     assert again[0] == asked[-1] and len(asked + again) == 13
     assert contents(path.parent) == contents(tmp_path / "whole")
+    extra = {"prompt": "?", "texts": ["a", "b"], "answer": True, "rewards": None}
+    with open(path, "a") as file:  # bought by a round that came out otherwise: it is not forgotten
+        file.write(harness.to_lines([extra]))
+    ask("pilaf", flags, resume="", num_queries=16)
+    assert torch.load(path.with_name("checkpoint.pt"))["labels"] == (16, 17, [extra])
 
 
 def test_a_resumed_run_that_asks_in_another_order_keeps_all_that_it_bought(flags, tmp_path):
     """On a GPU rounds are not quite repeated: B and C, bought before the crash, are still there."""
-    start, asked, states = (0, 0, []), [], []
+    start, asked, states, words = (0, 0, []), [], [], dict(A="ps", B="qs", C="qt", X="pt")
     for questions in ("ABC", "AX", "XCB"):  # the crash comes after the first, before a checkpoint
         oracle = Rule(config_of("pilaf", flags))
         oracle.open(tmp_path / "labels.jsonl", *(states[-1] if len(states) == 2 else start))
-        oracle.ask(list(questions), [[x, "no"] for x in questions], [1] * len(questions), None)
+        prompts, texts = zip(*((words[name][0], [words[name][1], "no"]) for name in questions))
+        answers = oracle.ask(prompts, texts, [1] * len(questions), None)
+        assert [row["texts"] for row in answers] == [*texts]
         states.append((oracle.queries, oracle.num_lines, [*oracle.unused]))
-        asked.append("".join(prompt for prompt, _ in oracle.asked))
-    assert asked == ["ABC", "X", "X"] and states[-1] == (5, 5, [])
+        asked.append([prompt + first for prompt, (first, _) in oracle.asked])
+    assert asked == [[words[name] for name in names] for names in ("ABC", "X", "X")]
+    assert states[-1] == (5, 5, [])
     for name, num_bought in (("labels.jsonl", 5), ("new.jsonl", 0)):  # another run's are not ours
         oracle.open(tmp_path / name, *start)
         assert (len(oracle.unused), oracle.queries) == (num_bought, 0)
@@ -148,11 +156,14 @@ def test_what_was_bought_in_part_is_scored_whole_again(flags, tmp_path):
         path.write_text("".join(whole.splitlines(True)[:num_kept]))
         oracle = Counted(config_of("pilaf", flags))
         oracle.open(path, 0, 0, [])
-        duels = [["cats " * (n + 1), "a mat"] for n in range(8)]
-        oracle.ask([f"The cat {n}" for n in range(8)], duels, [1] * 8, None)
+        prompts, duels = [f"Cat {n}" for n in range(8)], [["cats" * n, "mat"] for n in range(8)]
+        answers = oracle.ask(prompts, duels, [1] * 8, None)
         whole = whole or path.read_text()
-        assert path.read_text() == whole
-    assert sizes == [8, 8, 8]
+        assert path.read_text() == whole and sizes[-1:] == [8]
+        expected = [oracle.score([x], [y])[0].tolist() for x, y in zip(prompts, duels)]
+        assert sum((row["rewards"] for row in answers), []) == pytest.approx(sum(expected, []))
+    with pytest.raises(common.UserError, match="128 tokens at most"):
+        oracle.score(["cat " * 200], [["a"]])
 
 
 @pytest.mark.parametrize("template, start, end", [
@@ -162,8 +173,7 @@ def test_what_was_bought_in_part_is_scored_whole_again(flags, tmp_path):
 def test_a_score_is_one_unbatched_forward_of_a_text_with_one_bos(
     template, start, end, size, flags, tmp_path
 ):
-    """A plain model reads prompt, space and stripped response behind its tokenizer's BOS; a chat
-    model reads its template, which has the BOS already. Scoring costs no label."""
+    """Of prompt, space and stripped response, or the template's text. Scoring costs no label."""
     model, tokenizer = make_model(CLASSIFIER, "gpt_neox", 2, **HEAD), make_tokenizer()
     name = save(model, tmp_path / "rm", chat_template=template)
     config = config_of("pilaf", flags, reward_model=name, micro_batch_size=size)

@@ -146,8 +146,7 @@ def test_an_eos_inside_prompt_or_response_is_a_token_like_any_other(model, batch
 
 
 def test_prompt_tokens_are_no_targets_and_get_no_gradient_from_any_label(batch):
-    """A bigram's row k is trained where k is read before a target: the prompt's last token and the
-    response's, but for its last one."""
+    """A bigram's row k is trained where k stands before a target: not a response's last token."""
     model = Bigram()
     logps = token_logps(model, batch)
     for b, n in itertools.product(range(3), range(3)):
@@ -192,8 +191,7 @@ def test_packed_decoding_draws_the_tokens_of_an_uncached_plain_recomputation(
 
 @torch.no_grad()
 def test_a_response_that_has_ended_costs_nothing_more(model, batch):
-    """The model reads as many columns as the largest number of open responses to a prompt, whose
-    logits are what they are if none has ended."""
+    """The model reads as many columns as a prompt has open responses, at most; logits are equal."""
     counted, sizes = copy.deepcopy(model), []
     embeddings = counted.get_input_embeddings()
     embeddings.register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[1]))

@@ -75,8 +75,7 @@ class World:
         return total
 
     def descent(self, law: Tensor, win: Tensor) -> Tensor:
-        """Minus the gradient (d,) of the mean shipped DPO loss over a law of pairs (Y, Y), the
-        first of which wins with chance `win`; law and labels are held fixed."""
+        """Minus the gradient (d,) of the mean DPO loss over a law of pairs (Y, Y), held fixed."""
         theta = self.theta.clone().requires_grad_()
         duels = [x[self.pairs] for x in (self.logps(theta), self.ref_logps)]  # (Y * Y, 2) each
         win_loss = common.dpo(*duels, BETA).view_as(law)
@@ -222,8 +221,7 @@ class Hashed(harness.Oracle):
 
 @pytest.fixture(scope="module")
 def ending(model) -> list[nn.Module]:
-    """Policy and reference of which EOS, a rare token of random models, is often the next one: its
-    logit is 5.5 on average, and the others' log-sum-exp near 7."""
+    """Models whose next token is often EOS: its logit is 5.5, the others' log-sum-exp near 7."""
     models = [copy.deepcopy(model), make_model(CAUSAL, model.config.model_type, seed=7)]
     ids = torch.randint(1, 300, (100, 6), generator=generator(0, "contexts"))
     for m in models:
@@ -241,8 +239,7 @@ def setting(models, **flags) -> tuple[pilaf.Config, harness.Task, pilaf.Counts]:
 
 @torch.no_grad()
 def plain_mixture(models, prompt: list[int], c: float, uniforms: Tensor, temperature: float):
-    """Tokens until EOS from (1 + c) log pi - c log pi_ref, each the first whose cumulative
-    probability exceeds the uniform number, without padding or a cache; and the sum of log z."""
+    """Tokens until EOS from (1 + c) log pi - c log pi_ref, without a cache; the sum of log z."""
     response, total = [], 0.0
     while len(response) < len(uniforms) and response[-1:] != [EOS]:
         ids = torch.tensor([prompt + response])

@@ -60,8 +60,7 @@ def change(path: Path, **values) -> None:
 
 
 class Rule(harness.Oracle):
-    """Scores texts by their number of letters; keeps the questions that labels need, which have two
-    texts or more, and stops before one of them or "at the end", in the last evaluation."""
+    """Scores the number of letters; keeps what labels ask; stops before one, or "at the end"."""
 
     stop_at, error = None, TimeoutError
 
@@ -301,8 +300,7 @@ def test_the_config_says_what_ran_and_the_model_works(flags):
 def test_a_checkpoint_needs_no_trust_and_neither_dates_nor_line_separators_do_harm(
     script, arm, flags, tmp_path
 ):
-    """Only the columns that the code reads are kept, also in the pairs of unfinished iterations.
-    U+2028 and U+0085, which web pages are full of, end a line in Python, but not in a file."""
+    """Only columns that are read are kept; U+2028 and U+0085 end lines in Python, not in files."""
     text = "cat\u2028sat\x85on\x1c a\x0bmat \U0001f408"
     row = dict(reference=text, other="a" + text, day=datetime.date(2024, 1, 1))
     table = [row | {"prompt": f"{text} {i}"} for i in range(60)]

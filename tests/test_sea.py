@@ -63,8 +63,7 @@ def test_heads_start_by_lecuns_rule_each_elsewhere_and_elsewhere_with_another_se
 
 
 def test_calibration_waits_for_distinct_neighbours_and_gives_their_gaps_the_spread_prior_std():
-    """A first round of equal texts changes nothing, and later ones do not count; each feature is
-    standardised, and one that hardly varies gets the usual scale."""
+    """Equal texts change nothing, at first or later; what hardly varies gets the usual scale."""
     ensemble, features = small(prior_std=3.0), torch.randn(6, 5, 6, generator=stream())
     features = features * torch.tensor([1e-3, 0.02, 1, 3, 9, 50]) + torch.arange(6) * 5 - 9
     before = ensemble(features)
@@ -132,8 +131,7 @@ def test_a_round_takes_five_adam_steps_on_random_minibatches_of_at_most_128_of_a
 
 
 def learn(strength: float, to_zero: bool = False) -> tuple[float, float]:
-    """Of 20 heads and a linear reward of standard deviation 2 on 8 features, after 800 steps on 32
-    Bernoulli labels: the heads' spread on unseen pairs, which began at 1, and their loss there."""
+    """Spread (at first 1) and loss of 20 heads on unseen pairs, after 800 steps on 32 labels."""
     rng, ensemble = stream(3), small(8, 32, 20, anchor=strength)
     teacher = torch.randn(8, generator=rng)
     candidates, pairs = (torch.randn(n, 2, 8, generator=rng) for n in (320, 1032))

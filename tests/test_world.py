@@ -98,8 +98,7 @@ def test_the_oracle_agrees_with_gold_on_a_trained_policy(tmp_path, posts):
 
 
 def test_without_labels_neither_the_readers_marks_nor_brevity_tell_the_taste(posts):
-    """Registered for the marks' share was at most .40 (+ .05): with the three kinds that the seed
-    drew it is .48, and that is what this bound holds on to."""
+    """Registered for the marks' share was at most .40 (+ .05); by the seed's three kinds .48."""
     accuracy, share = measure(marks(posts.batch, str(TINY / "erm_backbone")), posts.rewards)
     assert accuracy <= 0.68 and share <= 0.50
     accuracy, share = measure(-posts.batch.response_mask.sum(-1).double(), posts.rewards)
