@@ -38,11 +38,11 @@ def flag(default: Any, help: str, **options: Any) -> Any:
 
 @dataclass
 class Config:
-    """The flags that all scripts share; a script adds its own."""
+    """The flags that all scripts share."""
 
     model: str = flag("./tiny/sft", "policy at the start: a folder or a hub id")
-    ref_model: str | None = flag(None, "the frozen reference (as --model)")
-    dataset: str = flag("./tiny", "prompts: a folder, a file or a hub id")
+    ref_model: str | None = flag(None, "a model that is never trained (as --model)")
+    dataset: str = flag("./tiny", "prompts: a folder, a json(l), csv or parquet file, a hub id")
     reward_model: str = flag("./tiny/reward_model", "the oracle: a folder or a hub id")
     output_dir: str | None = flag(None, "folder of the run (runs/SCRIPT-ARM-CHANGED_FLAGS-SEED)")
     seed: int = flag(0, "of every random stream")
@@ -111,7 +111,8 @@ class Config:
         """Take the flags of the run in --output_dir; --num_queries may be raised."""
         path = Path(self.output_dir, "config.json")
         about = json.loads(path.read_text()) if path.exists() else {}
-        wrong = f"--resume: {self.output_dir} holds no run of {self.script}.py"
+        wrong = f"--resume: {self.output_dir} holds no run of {self.script}.py; "
+        wrong += "--resume FOLDER names one"
         require(about.get("script") == self.script, wrong)
         # A command may give a flag at its default, as --beta=0.1 or --max-grad-norm 1.
         words = sys.argv[1:] if Path(sys.argv[0]).stem == self.script else []
@@ -155,10 +156,10 @@ def load_pretrained(
     where = f"--{flag_name} {path}"
     missing = ", ".join(sorted(info["missing_keys"])[:3])
     # A causal model as reward model would get a random head, and only a warning.
-    require(not missing, f"{where} lacks weights: {missing}")
+    require(not missing, f"{where} lacks weights for this use: {missing}")
     length = config.max_prompt_length + config.max_new_tokens
     context = getattr(settings, "max_position_embeddings", math.inf)
-    require(context >= length, f"{where} reads {context} tokens, and needs {length}")
+    require(context >= length, f"{where} reads {context} tokens; prompt + response: {length}")
     if not is_oracle:
         is_same = tokenizer.get_vocab() == (policy_tokenizer or tokenizer).get_vocab()
         require(is_same, f"{where} has another vocabulary than --model")
@@ -178,6 +179,8 @@ def reads_packed_rows(model: nn.Module, config: Config) -> bool:
         with torch.no_grad():
             plain = model(ids)[0][0, -size:]  # (R, V)
             packed = model(**row)[0][0, -size:]
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, IndexError):
         return False
     error = ((packed - plain).abs().max() / plain.std()).item()
@@ -271,7 +274,8 @@ def next_prompts(prompts: Batch, start: int, count: int, seed: int) -> Batch:
 
 def count_iterations(config: Config, labels: int, num_steps: int) -> int:
     """How many iterations of so many labels and steps the budget, perhaps raised, pays for."""
-    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s)"
+    wrong = f"--warmup_steps {config.warmup_steps}: an iteration has only {num_steps} step(s); "
+    wrong += "lower it or --batch_size, or raise --num_queries"
     require(config.warmup_steps < num_steps, wrong)
     more = config.num_queries - config.planned_queries
     require(more == 0 or more >= labels, f"--num_queries: an iteration more takes {labels} labels")
@@ -305,7 +309,7 @@ class Oracle:
     it is given, and is given again when its question returns after a crash. `score` costs nothing.
     """
 
-    scores_at_once = False  # else each answer is kept before the next question
+    scores_at_once = False  # each answer is kept before the next is asked
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, Path(os.devnull)
@@ -326,7 +330,8 @@ class Oracle:
         return torch.rand(len(gap), generator=rng) < probability
 
     def open(self, path: Path, queries: int, num_lines: int, unused: list[dict]) -> None:
-        """Append answers to `path`; those after its first `num_lines` are `unused` too."""
+        """Append answers to `path`. Its rows after the first `num_lines` were bought, but not used
+        before the run stopped, like those of `unused`."""
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         rows = [json.loads(line) for line in text.split("\n")[:-1]]  # a crash may cut the last
         rewrite(path, to_lines(rows))
@@ -509,11 +514,11 @@ def load(config: Config, oracle: Oracle | None) -> Task:
         ways = f"--overwrite, --resume {folder} or another --output_dir"
         require(is_meant, f"{folder} holds a run: give {ways}")
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")  # else 1 GB of CPU kernels
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each new shape
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for each shape: each token
     policy, ref_model, tokenizer = load_policies(config)
     prompts, held_out = load_prompts(config, tokenizer)
     judge = type(oracle).__name__ if oracle else config.reward_model
-    require(not oracle or common.ranks()[1] == 1, f"{judge} would be asked by each process")
+    require(not oracle or common.ranks()[1] == 1, f"{judge} is asked by each process: run only one")
     oracle = oracle or RewardModelOracle(config)
     columns, compared_with = held_out.columns, "reference"
     if "reference" not in columns:
@@ -549,8 +554,8 @@ class Counts:
 
 
 class Run:
-    """The folder of a run, and what the screen shows. A checkpoint needs no random state: what a
-    round draws depends on the seed and its number alone."""
+    """The folder of a run, and what the screen shows. A checkpoint holds `parts`, `counts` and the
+    files' rows, but no random state: what a round draws depends on the seed and its number."""
 
     def __init__(self, config: Config, oracle: Oracle, parts: dict, counts: Counts) -> None:
         self.config, self.oracle, self.parts, self.counts = config, oracle, parts, counts
@@ -617,7 +622,7 @@ class Run:
         self.counts.synthetic_pairs += num_synthetic
 
     def log(self, metrics: dict, samples: list[dict], own: dict[str, float]) -> None:
-        """Write and print a row of metrics, with means of what was recorded."""
+        """Write and print a row of metrics, with means of what was recorded; save."""
         queries = {"queries": self.oracle.queries}
         means = {name: sum(values) / len(values) for name, values in sorted(self.seen.items())}
         row = queries | {"round": self.round} | vars(self.counts) | metrics | own | means
@@ -673,7 +678,7 @@ def in_one_line(error: Exception, config: Config | None) -> str:
     said = config.dataset if "in load_prompts" in traceback.format_exc() else str(error)
     names = "model ref_model dataset reward_model erm_backbone output_dir device".split()
     flags = [(name, os.path.expanduser(getattr(config, name, ""))) for name in names]
-    known = [(name, value) for name, value in flags if value and value in said]
+    known = [(name, value) for name, value in flags if value and value.lower() in said.lower()]
     start = "--{} {}: ".format(*max(known, key=lambda flag: len(flag[1]))) if known else ""
     return f"{start}{line} ({type(error).__name__}, see --debug)"
 

@@ -18,18 +18,18 @@ passes (not in the paper's table) and responses that the oracle reads:
   pilaf             as above                                    3, 0, 2 on average
   vanilla           two samples of the policy                   2, 0, 2
   best_of_n         of N, largest and smallest implicit reward  N, 2N, 2
-  best_of_n_oracle  of N, largest and smallest oracle score     N, 0, N (counted)
+  best_of_n_oracle  of N, largest and smallest oracle score     N, 0, N (counted, no label)
   hybrid            a sample of each, policy and reference      2, 0, 2
 
 The coin's 1/2 and the token-wise products are approximations. --importance_weights makes the
 gradient that of exact T-PILAF; see effective_sample_size. The theory needs --labels bernoulli.
 
-While policy = reference, pilaf *is* vanilla: compare from a start that has moved, on another seed:
+While policy = reference, pilaf *is* vanilla: compare from a start that has moved:
   python pilaf.py --sampler vanilla --num_queries 1024 --num_iterations 1 --output_dir runs/start
-  python pilaf.py --seed 1 --model runs/start/model --ref_model ./tiny/sft
+  python pilaf.py --seed 1 --model runs/start/model --ref_model ./tiny/sft  # other prompts
 
-No code of the authors was found. Our choice: learning rate, batch, response length, temperature,
-KL estimator, label rule, how a start is overfitted, what an iteration is.
+No official code was found. Our choice: learning rate, batch, response length, temperature, KL
+estimator, label rule, how a start is overfitted, what an iteration is.
 
     python pilaf.py      # 1 to 2 minutes on two CPU cores, offline; GPUs: README.md
 
@@ -55,7 +55,7 @@ class Config(harness.Config):
     """PILAF's flags; a default of None depends on --sampler."""
 
     sampler: Literal["pilaf", "vanilla", "best_of_n", "best_of_n_oracle", "hybrid"] = flag(
-        "pilaf", "where a pair's two responses come from"
+        "pilaf", "where a pair comes from"
     )
     num_candidates: int | None = flag(None, "N of best_of_n and best_of_n_oracle (8)")
     sampler_beta: float | None = flag(None, "c of the interpolation, at most 1 (as --beta)")
@@ -215,7 +215,7 @@ class Counts(harness.Counts):
 
     def metrics(self, config: Config) -> dict[str, float]:
         """sampling_cost: decoder streams a pair, so far; with weights effective_sample_size:
-        (sum w)^2 / (n sum w^2) of n pairs, 1 if all are equal."""
+        (sum w)^2 / (n sum w^2) of n pairs, 1 if all are equal, less at a large beta or KL."""
         if not self.candidates:
             return {}
         num_pairs = self.candidates / config.num_candidates

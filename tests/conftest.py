@@ -111,8 +111,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def make_batch(
     prompt_lengths: list[int], response_lengths: list[list[int]], seed: int = 0
 ) -> Batch:
-    """Random prompts and responses of these lengths, padded as `Batch` wants it. Token 0 is EOS and
-    padding; it also stands inside each prompt of 3 or more tokens."""
+    """Random prompts and responses of these lengths. EOS and padding, 0, is in long prompts too."""
     rng = torch.Generator().manual_seed(seed)
     prompt_ids = torch.zeros(len(prompt_lengths), max(prompt_lengths), dtype=torch.long)
     sizes = (len(response_lengths), len(response_lengths[0]), max(map(max, response_lengths)))
@@ -139,8 +138,7 @@ def real_ids(batch: Batch, b: int, n: int) -> tuple[list[int], list[int]]:
 
 @torch.no_grad()
 def plain_response(model, prompt: list[int], uniforms: list, eos: list, temperature: float) -> list:
-    """A response, recomputed from its first token at each step, without padding or a cache; with
-    uniforms of 0.5 at a temperature near 0 it is the greedy one."""
+    """A response, recomputed at each step; greedy with uniforms of 0.5 at temperatures near 0."""
     response = []
     for uniform in uniforms:
         logits = model(torch.tensor([prompt + response])).logits[0, -1].double()

@@ -84,8 +84,7 @@ class World:
         return -torch.autograd.grad(loss, theta)[0]
 
     def labels(self, eps: float, is_linear: bool = False) -> tuple[Tensor, Tensor]:
-        """Chances (Y, Y) that the first wins, if the reward is eps * noise off the implicit one, or
-        their linearisation; and the gradient (d,) of that reward's objective, by its definition."""
+        """Chances (Y, Y) that the first wins, or linearised; and the objective's gradient (d,)."""
         residual, theta = eps * self.noise, self.theta.clone().requires_grad_()
         logps = self.logps(theta)
         values = self.implicit + residual - BETA * (logps - self.ref_logps)

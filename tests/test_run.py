@@ -342,6 +342,7 @@ def test_a_run_is_overwritten_only_when_asked_for_and_what_is_no_run_never(flags
 def test_the_default_folder_names_script_arm_changed_flags_and_seed():
     assert SCRIPTS["pilaf"].Config().output_dir == "runs/pilaf-pilaf-0"
     assert sea.Config(explore="ee", seed=3, debug=True).output_dir == "runs/sea-ee-3"
+    assert "~" not in sea.Config(output_dir="~/a").output_dir
     changed = sea.Config(gamma=1.0, model="~/a b/c")
     assert changed.output_dir == "runs/sea-bai-model=_a_b_c-gamma=1.0-0"
     both = [sea.Config(dataset=letter * 300, seed=seed) for letter in "ab" for seed in (1, 2)]

@@ -1,4 +1,4 @@
-"""The taste of the embedded world: the rule behind the labels that its oracle was trained on."""
+"""The annotators' rule behind the labels that the embedded world's oracle was trained on."""
 
 import re
 
