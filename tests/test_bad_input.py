@@ -142,6 +142,8 @@ def test_an_oracle_that_cannot_do_what_it_is_asked_for_says_so(ends, monkeypatch
     assert ends("pilaf", oracle=harness.Oracle) == ("error: an oracle needs `score` or `prefer`", 2)
     assert "this oracle has no `score`" in ends("selm", "--overwrite", oracle=Alphabetical)[0]
     assert "best_of_n needs" in ends("sea", "--best_of_n=2", "--overwrite", oracle=Alphabetical)[0]
+    full = type("Full", (Rule,), {"stop_at": 0, "error": MemoryError("CPU is full")})
+    assert "--device cpu: CPU is full" in ends("sea", "--overwrite", oracle=full, device="cpu")[0]
     monkeypatch.setattr(harness.common, "ranks", lambda: (0, 2))
     assert "Rule is asked by each process" in ends("sea", "--overwrite", oracle=Rule)[0]
 

@@ -119,8 +119,7 @@ def test_a_half_written_last_line_is_dropped_and_its_question_asked_again(flags,
     assert again[0] == asked[-1] and len(asked + again) == 13
     assert contents(path.parent) == contents(tmp_path / "whole")
     extra = {"prompt": "?", "texts": ["a", "b"], "answer": True, "rewards": None}
-    with open(path, "a") as file:  # bought by a round that came out otherwise: it is not forgotten
-        file.write(harness.to_lines([extra]))
+    path.write_text(path.read_text() + harness.to_lines([extra]))  # a round came out otherwise
     ask("pilaf", flags, resume="", num_queries=16)
     assert torch.load(path.with_name("checkpoint.pt"))["labels"] == (16, 17, [extra])
 
